@@ -133,14 +133,44 @@ def test_a_server_that_drips_is_slow_too():
         (lambda body, folder: Answer({"choices": "many"}), "the reply is not a completion"),
         (lambda body, folder: Answer(["a list"]), "the reply is not a completion"),
         (lambda body, folder: Answer({"error": {"message": "hidden_size 64"}}, 400), "HTTP 400: hidden_size 64."),
-        (lambda body, folder: Answer("", 307, {"Location": "http://example.org/v1"}), "HTTP 307"),
+        (
+            lambda body, folder: Answer("", 307, {"Location": "http://me:secret@example.org/v1/completions/"}),
+            "HTTP 307: the server sends the request on to another one, which is not followed. If that is the right one, give its "
+            "address: http://example.org/v1.",
+        ),
+        (lambda body, folder: Answer("", 302, {"Location": "/v1/completions/"}), "HTTP 302"),
+        (lambda body, folder: Answer("", 308, {"Location": "http://[::1/v1"}), "HTTP 308: no reason given."),
+        (lambda body, folder: Answer("moved", 308, {"Location": "/\xe9"}), "HTTP 308: moved."),
     ],
-    ids=["another model", "a web page", "no choices", "no object", "refused", "redirected"],
+    ids=[
+        "another model",
+        "a web page",
+        "no choices",
+        "no object",
+        "refused",
+        *("to another", "302", "nowhere", "no ASCII"),
+    ],
 )
 def test_other_replies_are_refused(answer, words):
     with stand_in(answer) as server, pytest.raises(RolloutServerError) as failed:
         asked(server.url).complete(BODY)
     assert words in str(failed.value) and server.log == ["/v1/completions"]
+
+
+@pytest.mark.parametrize("status", [307, 308])
+def test_another_path_of_the_same_server_is_followed(status):
+    """As proxies and web frameworks ask for, such as a slash at the end; method and body stay."""
+    with stand_in(good) as server:
+        slash = lambda path: None if path.endswith("/") else Answer("", status, {"Location": f"{path}/"})  # noqa: E731
+        answer, server.models = server.answer, slash
+        server.answer = lambda path, body: slash(path) or answer(path.rstrip("/"), body)
+        client = asked(server.url)
+        assert client.base_model() == "the-model"
+        assert client.complete(BODY)[0]["token_ids"] == [5, 2]
+        assert server.log == ["/v1/models", "/v1/models/", "/v1/completions", "/v1/completions/"]
+        server.models = lambda path: Answer("", status, {"Location": path})
+        with pytest.raises(RolloutServerError, match=f"HTTP {status}"):
+            client.base_model()
 
 
 def test_adapters_are_loaded_and_forgotten(tmp_path):

@@ -12,10 +12,11 @@ from typing import Any
 
 import openai
 
+from umed_plugin.remote.redirects import MOST_HOPS, may_follow
+
 MOST_BYTES = 8 * 2**20  # of a reply to one request
 TOO_LONG, PACKED = 413, 415  # statuses of replies that cannot be read, where they are errors
 _UNPACKED = ("content-encoding", "content-length", "transfer-encoding")
-_MOST_HOPS = 3  # of a request that its server sends on
 # Ways to pack a reply. Other values of the header, such as utf-8 or none, say nothing about the content.
 _ZLIB, _OTHERS = ("gzip", "x-gzip", "deflate"), ("br", "zstd", "compress", "x-compress")
 
@@ -33,7 +34,7 @@ class BoundedAsyncClient(openai.DefaultAsyncHttpxClient):
         """The reply to a request, read as a whole unless ``stream``."""
         request.headers["Accept-Encoding"] = "identity"
         response = await super().send(request, stream=True, **options)
-        for _ in range(_MOST_HOPS):
+        for _ in range(MOST_HOPS):
             following = _on_same_server(response)
             if following is None:
                 break
@@ -67,7 +68,7 @@ class BoundedClient(openai.DefaultHttpxClient):
         """The reply to a request, read as a whole unless ``stream``."""
         request.headers["Accept-Encoding"] = "identity"
         response = super().send(request, stream=True, **options)
-        for _ in range(_MOST_HOPS):
+        for _ in range(MOST_HOPS):
             following = _on_same_server(response)
             if following is None:
                 break
@@ -88,11 +89,10 @@ class BoundedClient(openai.DefaultHttpxClient):
 
 def _on_same_server(response: Any) -> Any:
     """The request that a 307 or 308 asks for, if it goes to the same scheme, host and port; else None."""
-    following = response.next_request if response.status_code in (307, 308) else None
+    following = response.next_request
     if following is None:
         return None
-    old, new = response.request.url, following.url
-    return following if (new.scheme, new.host, new.port) == (old.scheme, old.host, old.port) else None
+    return following if may_follow(response.status_code, str(response.request.url), str(following.url)) else None
 
 
 def _whole(response: Any, content: bytes, most: int, errors: bool) -> Any:

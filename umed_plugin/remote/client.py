@@ -28,6 +28,7 @@ from openai.types.chat import ChatCompletion
 
 from umed_plugin.remote.bounded import BoundedAsyncClient
 from umed_plugin.remote.keys import key_in, without_key
+from umed_plugin.remote.redirects import origin
 from umed_plugin.remote.replies import Failure, Message, Reply, RequestResult, Unreadable
 from umed_plugin.remote.settings import KEY_VARIABLE, ServerSettings, address_from_environment, is_count
 
@@ -185,8 +186,8 @@ def refused(error: openai.APIStatusError) -> str:
     if not 300 <= error.status_code < 400:
         return f"HTTP {error.status_code}: {error.message}"
     try:
-        parts = urlsplit(urljoin(str(error.request.url), error.response.headers["location"]))
-        address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{_ENDPOINTS.sub('', parts.path)}"
+        target = urljoin(str(error.request.url), error.response.headers["location"])
+        address = f"{origin(target)}{_ENDPOINTS.sub('', urlsplit(target).path)}"
     except (KeyError, ValueError):
         return f"HTTP {error.status_code}: the server sends the request on to an address that cannot be read"
     return (

@@ -1,7 +1,7 @@
 """Requests to a vLLM server that holds the language model and samples answers: ``umed rollout-server`` starts one.
 
 Only the standard library is used, because LLaVA's pins cannot hold vLLM's client. A proxy of the environment is not asked, and a
-redirect is not followed: embedded images go to the address that the user has named and nowhere else.
+redirect is followed on the same server only: embedded images go to the address that the user has named and nowhere else.
 
 A lost connection and the statuses 429 and 5xx are tried again, with growing pauses. A reply that does not come in time is
 not: the server would sample the same answers twice. Nor is the unloading of an adapter, which may fail. Every other failure is a
@@ -18,10 +18,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from umed_plugin.errors import UmedError
 from umed_plugin.remote.keys import key_in, without_key
+from umed_plugin.remote.redirects import MOST_HOPS, may_follow, origin
 from umed_plugin.remote.settings import ROLLOUT_KEY_VARIABLE
 
 _PIECE = 2**20
@@ -128,7 +129,7 @@ class RolloutServer:
         except _Refused as error:
             if error.tried_before and "already been loaded" in str(error):
                 return  # by an earlier attempt, whose reply was lost
-            if error.status in (*_TRIED_AGAIN, *_KEY_REFUSED) or error.status >= 500:
+            if error.status in (*_TRIED_AGAIN, *_KEY_REFUSED) or error.status >= 500 or error.status < 400:
                 raise
             raise RolloutServerError(
                 f"{error} The adapter in {folder} could not be loaded. The server needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, "
@@ -179,28 +180,59 @@ class RolloutServer:
         raise AssertionError("the last attempt returns or raises")
 
     def _once(self, method: str, path: str, content: bytes | None, timeout: float) -> Any:
-        parts = urlsplit(self.url)
-        kind: Callable[..., http.client.HTTPConnection] = (
-            http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        )
-        connection = kind(parts.hostname or "", parts.port, timeout=timeout)
-        end = time.monotonic() + timeout
-        try:
-            connection.request(method, parts.path.rstrip("/") + path, content, self._headers())
-            response = connection.getresponse()
-            read = _read_all(response, end)
-        finally:
-            connection.close()
+        asked, end = self.url.rstrip("/") + path, time.monotonic() + timeout
+        for left in range(MOST_HOPS, -1, -1):
+            response, read = self._sent(method, asked, content, end)
+            target = _target(response, asked)
+            if target is None or not left or not may_follow(response.status, asked, target):
+                break
+            asked = target
         if response.status != 200:
-            said = f"{self.url}{path}: HTTP {response.status}: {_words_of(read)}."
+            words = _words_of(read) if target is None else _not_followed(target, path)
+            said = f"{self.url}{path}: HTTP {response.status}: {words}."
             raise _Refused(f"{said}{_KEY_REMEDY * (response.status in _KEY_REFUSED)}", response.status)
         if not path.endswith("adapter"):
             return _parsed(read, self.url)
         return None
 
+    def _sent(self, method: str, address: str, content: bytes | None, end: float) -> tuple[Any, bytes]:
+        """(reply, its body) of one request, which must be there at the time ``end``."""
+        parts = urlsplit(address)
+        kind: Callable[..., http.client.HTTPConnection] = (
+            http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        )
+        connection = kind(parts.hostname or "", parts.port, timeout=max(end - time.monotonic(), 0.001))
+        try:
+            where = f"{parts.path}?{parts.query}" if parts.query else parts.path
+            connection.request(method, where, content, self._headers())
+            response = connection.getresponse()
+            return response, _read_all(response, end)
+        finally:
+            connection.close()
+
     def _headers(self) -> dict[str, str]:
         key = key_in(ROLLOUT_KEY_VARIABLE)
         return {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+
+
+def _target(response: http.client.HTTPResponse, asked: str) -> str | None:
+    """Where a reply sends the request for the address ``asked``; None if it does not, or to no address."""
+    location = response.headers.get("Location", "")
+    if not 300 <= response.status < 400 or not location.isascii():
+        return None
+    try:
+        target = urljoin(asked, location)
+        return target if urlsplit(target).port != 0 else None
+    except ValueError:
+        return None
+
+
+def _not_followed(target: str, path: str) -> str:
+    address = f"{origin(target)}{urlsplit(target).path.rstrip('/').removesuffix(path)}"
+    return (
+        "the server sends the request on to another one, which is not followed. If that is the right one, give its address: "
+        f"{_shown(address)}"
+    )
 
 
 def _read_all(response: http.client.HTTPResponse, end: float) -> bytes:
