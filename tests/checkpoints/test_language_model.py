@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -49,6 +50,18 @@ def test_it_is_known_again_until_the_checkpoint_changes(tiny_mistral, tmp_path):
     weights = next(file for file in checkpoint.iterdir() if file.suffix in (".safetensors", ".bin"))
     weights.touch()
     assert not is_of(out, checkpoint)
+
+
+def test_a_tokenizer_without_its_vocabulary_is_none(tiny_mistral, tmp_path):
+    """A server could not load it, and the files that are left only describe it."""
+    base = shutil.copytree(tiny_mistral, tmp_path / "llava-mistral")
+    (base / "tokenizer.model").unlink()
+    (base / "vocab.json").write_text("{}")
+    with pytest.raises(
+        UmedError, match=r"has no tokenizer\. Needed: tokenizer\.model or .*vocab\.json and merges\.txt"
+    ):
+        to_language_model(base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_and_a_template_are_refused(tiny_mistral, tmp_path, capsys):

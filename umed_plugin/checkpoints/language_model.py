@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.checkpoints.folder import (
+    BYTE_PAIR_FILES,
     EMBEDDING,
     HEAD,
     TOKENIZER_FILES,
@@ -34,6 +35,8 @@ from umed_plugin.checkpoints.writing import LANGUAGE_MODEL_OF, writing_checkpoin
 from umed_plugin.errors import UmedError
 from umed_plugin.files import write_json
 
+# Each is enough. The other files of a tokenizer hold no vocabulary, but for a pair of them.
+_VOCABULARIES = ("tokenizer.model", "tokenizer.json")
 _CLASSES = {"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}
 _LANGUAGE = re.compile(r"(model\.(embed_tokens|layers|norm)|lm_head)\..*")
 
@@ -94,8 +97,12 @@ def check_source(checkpoint: Path) -> tuple[dict[str, Any], list[Path]]:
         )
     config = read_config(checkpoint)
     tokenizer = [checkpoint / name for name in TOKENIZER_FILES if (checkpoint / name).is_file()]
-    if not tokenizer:
-        raise UmedError(f"{checkpoint}: has no tokenizer ({', '.join(TOKENIZER_FILES)}). Copy it there.")
+    held = {file.name for file in tokenizer}
+    if held.isdisjoint(_VOCABULARIES) and not held.issuperset(BYTE_PAIR_FILES):
+        raise UmedError(
+            f"{checkpoint}: has no tokenizer. Needed: {' or '.join(_VOCABULARIES)}, or both {' and '.join(BYTE_PAIR_FILES)}. "
+            "Copy the tokenizer's files there."
+        )
     return config, tokenizer
 
 
