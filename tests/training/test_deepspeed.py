@@ -39,6 +39,7 @@ CONFIG = {
     "gradient_clipping": "auto",
 }
 PARTS = {
+    1: {"stage": 1, "reduce_bucket_size": "auto"},
     2: {"stage": 2, "overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": "auto"},
     3: {
         "stage": 3,
@@ -193,6 +194,13 @@ def test_stage_1_full_under_zero_3_saves_resumes_and_equals_one_process(loss, ti
     check_equal(whole, tmp_path / "alone", load_file(tiny_llama / "model.safetensors"))
     if not loss:
         check_exact(resumed(3, whole, tiny_llama, records, *TUNING), whole)
+
+
+def test_zero_2_goes_on_from_zero_1(tiny_mistral, records, tmp_path):
+    """Each process finds its part of Adam's state in the other stage's file."""
+    whole, flags = tmp_path / "whole", [*TUNING, "--optim", "adamw_torch", *LORA]
+    sharded(1, tiny_mistral, records, whole, *flags)
+    check_exact(resumed(2, whole, tiny_mistral, records, *flags), whole)
 
 
 def test_stage_1_lora_under_zero_2_trains_on_two_nodes_and_is_merged(tiny_mistral, records, tmp_path):

@@ -117,10 +117,15 @@ def test_another_zero_stage_or_optimizer_in_deepspeeds_file_is_refused(tmp_path)
         file.write_text(json.dumps(config))
         return settings_of(Arguments(deepspeed=str(file)))
 
-    zero = {stage: {"zero_optimization": {"stage": stage}} for stage in (2, 3)}
+    zero = {stage: {"zero_optimization": {"stage": stage}} for stage in (1, 2, 3)}
     before = under(**zero[2])
     assert changes(before, under(**zero[2], gradient_clipping=1.0)) == {"deepspeed": SAID}
     assert changes(before, under(**zero[3])) == {"deepspeed": SAID, "zero_stage": FIXED}
+    assert changes(before, under(**zero[1])) == {"deepspeed": SAID, "zero_stage": SAID}
+    in_turns = under(zero_optimization={"stage": 2, "round_robin_gradients": True})
+    assert changes(before, in_turns) == {"deepspeed": SAID, "deepspeed_layout": FIXED}
+    in_fp32 = under(**zero[1], data_types={"grad_accum_dtype": "fp32"})
+    assert changes(before, in_fp32) == {"deepspeed": SAID, "zero_stage": SAID, "deepspeed_layout": FIXED}
     own = under(**zero[2], optimizer={"type": "AdamW"}, scheduler={"type": "WarmupLR"})
     found = find_changes(before, own)
     faults = refusals(found, "checkpoint-3", {"zero_stage"})

@@ -23,11 +23,13 @@ class DeepSpeedFile:
     Attributes:
         zero_stage: 0 without ZeRO.
         optimizer, scheduler: their types, such as ``AdamW``; ``none`` where transformers makes them by its flags.
+        layout: what else decides in which order, or by which class, the optimizer's state is stored; mostly ``none``.
     """
 
     zero_stage: Any
     optimizer: str
     scheduler: str
+    layout: str
 
 
 def read_deepspeed(deepspeed: Any) -> Optional[DeepSpeedFile]:
@@ -45,8 +47,18 @@ def read_deepspeed(deepspeed: Any) -> Optional[DeepSpeedFile]:
     if not content or not isinstance(content, dict):
         return None
     zero = content.get("zero_optimization")
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
-    return DeepSpeedFile(stage, *(_type_of(content.get(part)) for part in ("optimizer", "scheduler")))
+    zero = zero if isinstance(zero, dict) else {}
+    optimizer, scheduler = (_type_of(content.get(part)) for part in ("optimizer", "scheduler"))
+    stage = zero.get("stage", 0)
+    return DeepSpeedFile(stage, optimizer, scheduler, _layout(stage, zero, content.get("data_types")))
+
+
+def _layout(stage: Any, zero: dict[str, Any], types: Any) -> str:
+    """ZeRO-1 and ZeRO-2 store the same state, unless one of these is set: ZeRO-1 has another class for sums in fp32."""
+    sums = types.get("grad_accum_dtype") if isinstance(types, dict) and stage == 1 else None
+    parts = [f"grad_accum_dtype {sums}"] * (sums is not None)
+    parts += ["round_robin_gradients"] * (stage in (1, 2) and bool(zero.get("round_robin_gradients")))
+    return ", ".join(parts) or NONE
 
 
 def _text_of(deepspeed: str) -> str:

@@ -40,8 +40,9 @@ WORLD_SIZE = "world_size"
 RECORDS = "records"  # of a recipe, as they were built
 SYMBOLS = "symbols"  # files of the reward symbolic
 JUDGE_ADDRESS = "umed_judge_base_url"
-ZERO_STAGE, OPTIMIZER, SCHEDULER = "zero_stage", "deepspeed_optimizer", "deepspeed_scheduler"
-OTHER_NAMES = (WORLD_SIZE, RECORDS, SYMBOLS, ZERO_STAGE, OPTIMIZER, SCHEDULER)  # what is compared besides flags
+ZERO_STAGE, LAYOUT = "zero_stage", "deepspeed_layout"
+OPTIMIZER, SCHEDULER = "deepspeed_optimizer", "deepspeed_scheduler"
+OTHER_NAMES = (WORLD_SIZE, RECORDS, SYMBOLS, ZERO_STAGE, OPTIMIZER, SCHEDULER, LAYOUT)  # what is compared besides flags
 
 # What shapes a rollout besides the flags of stage 2 alone: its records, their order, how they are shown, and the precision.
 _OF_A_ROLLOUT = (
@@ -62,7 +63,7 @@ _KINDS = {
         ("freeze_backbone", "freeze_mm_mlp_adapter", "tune_mm_mlp_adapter", "adafactor", "optim_args"), FIXED
     ),
     **dict.fromkeys(("lora_enable", "lora_r", "lora_alpha", "lora_bias"), FIXED),
-    **dict.fromkeys((ZERO_STAGE, OPTIMIZER, SCHEDULER), FIXED),  # by which DeepSpeed lays out its files
+    **dict.fromkeys((ZERO_STAGE, OPTIMIZER, SCHEDULER, LAYOUT), FIXED),  # by which DeepSpeed lays out its files
     **dict.fromkeys(("max_steps", "num_train_epochs", "image_folder", "deepspeed"), SAID),
     **dict.fromkeys(("gradient_checkpointing", "gradient_checkpointing_kwargs", "tf32"), SAID),
     **dict.fromkeys(("attn_implementation", "mpt_attn_impl", "lazy_preprocess", "is_multimodal", "cache_dir"), FREE),
@@ -116,6 +117,7 @@ class Change:
             ZERO_STAGE: "zero_optimization.stage in the file of --deepspeed",
             OPTIMIZER: "optimizer in the file of --deepspeed",
             SCHEDULER: "scheduler in the file of --deepspeed",
+            LAYOUT: "the layout of the optimizer in the file of --deepspeed",
         }
         return names.get(self.name, f"--{self.name}")
 
@@ -147,7 +149,11 @@ def _of_deepspeed(arguments: tuple[Any, ...]) -> dict[str, Any]:
     """What the file of ``--deepspeed`` says of the files in a checkpoint; nothing without one."""
     given = (getattr(part, "deepspeed", None) for part in arguments)
     file = next((read for read in map(read_deepspeed, given) if read is not None), None)
-    return {} if file is None else {ZERO_STAGE: file.zero_stage, OPTIMIZER: file.optimizer, SCHEDULER: file.scheduler}
+    if file is None:
+        return {}
+    return {
+        ZERO_STAGE: file.zero_stage, OPTIMIZER: file.optimizer, SCHEDULER: file.scheduler, LAYOUT: file.layout,
+    }  # fmt: skip
 
 
 def _symbols(found: dict[str, Any]) -> dict[str, Any]:
@@ -234,6 +240,8 @@ def find_changes(before: dict[str, Any], now: dict[str, Any], *, between_updates
             kind = FIXED
         elif name == WORLD_SIZE and now.get("deepspeed") is not None:
             kind = FIXED  # each process has a part of the optimizer's state
+        elif name == ZERO_STAGE and {before[name], now[name]} == {1, 2}:
+            kind = SAID  # DeepSpeed has one optimizer for both, which divides its state alike
         elif name in _STEP and same_step:
             kind = SAID
         if between_updates and (name in _STEP or _shapes_a_rollout(name)):
