@@ -64,7 +64,9 @@ def test_fsdp_is_refused_where_llava_cannot_start_under_it(base, fsdp, words, ti
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": base}))
     run = SimpleNamespace(
         active=True,
-        model_args=SimpleNamespace(model_name_or_path=str(tmp_path), pretrain_mm_mlp_adapter="m.bin", vision_tower=None),
+        model_args=SimpleNamespace(
+            model_name_or_path=str(tmp_path), pretrain_mm_mlp_adapter="m.bin", vision_tower=None
+        ),
         training_args=SimpleNamespace(cache_dir=None, fsdp=fsdp),
         flags=SimpleNamespace(umed_stage=TUNING),
     )
