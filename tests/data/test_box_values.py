@@ -178,28 +178,29 @@ def test_percent_read_as_pixels_is_told_whoever_knows_the_size(tmp_path: Path, f
     assert len(remarks) == told
 
 
-SQUARES, OBLONGS = [(1300, 1300), (1400, 1400)], [(1300, 1600), (1500, 1250)]
+SQUARES, OBLONGS = [(1700, 1700), (1800, 1800)], [(1650, 2000), (1900, 1600)]
 
 
 @pytest.mark.parametrize("form", ["csv", "coco"])
 @pytest.mark.parametrize(
     ("sizes", "furthest", "told"),
     [
-        (SQUARES, 995, True),
-        (OBLONGS, 995, True),
-        (OBLONGS, 940, False),
-        (OBLONGS, 1100, False),
-        (SQUARES, 1100, False),
-        ([(1300, 1600)] * 2, 995, False),
-        ([(1300, 1100), (1100, 1300)], 995, False),
+        (SQUARES, (970, 995), True),
+        (OBLONGS, (970, 995), True),
+        (OBLONGS, (940, 995), False),
+        (OBLONGS, (970, 940), False),
+        (OBLONGS, (970, 1100), False),
+        (SQUARES, (1100, 995), False),
+        ([(1650, 2000)] * 2, (970, 995), False),
+        ([(1700, 1100), (1100, 1700)], (970, 995), False),
     ],
 )
 def test_thousandths_read_as_pixels(
-    tmp_path: Path, form: str, sizes: list[tuple[int, int]], furthest: int, told: bool
+    tmp_path: Path, form: str, sizes: list[tuple[int, int]], furthest: tuple[int, int], told: bool
 ) -> None:
     """Told where images of several sizes reach well beyond 1000 and no box does, whoever knows the size."""
     names, corners = ["a.png", "b.png"], [(10 + 9 * i, 20, 30 + 9 * i, 40 + i) for i in range(12)]
-    corners[3] = (500, 600, 700, furthest)
+    corners[3] = (500, 600, *furthest)
     for name, (width, height) in zip(names, sizes):
         put(tmp_path / name, np.zeros((height, width), np.uint8))
     if form == "csv":

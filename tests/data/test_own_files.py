@@ -103,11 +103,12 @@ def test_an_upgrade_inside_the_data_root(tmp_path: Path, annotations: str, extra
 def test_a_demo_inside_the_data_root(tmp_path: Path) -> None:
     for name in ("nod/a.png", "demo/data/studies/b.png", "demo/before_after.png"):
         put(tmp_path / name, PIXELS)
+    put(tmp_path / "demo" / "data" / "studies" / "annotations.csv", HEAD)
     for name in ("runs", "logs"):
         (tmp_path / "demo" / name).mkdir()
     found = read(tmp_path, FOLDERS, extra=PSEUDO)
     assert [item.image.name for item in found.items] == ["a.png"] and found.faults.messages == []
-    assert found.faults.left_out["files", WRITTEN + "demo"] == 2
+    assert found.faults.left_out["files", WRITTEN + "demo"] == 3
 
 
 def test_what_a_recipe_names_inside_a_run_is_read(tmp_path: Path) -> None:
@@ -122,22 +123,55 @@ def test_what_a_recipe_names_inside_a_run_is_read(tmp_path: Path) -> None:
 def test_pictures_of_a_run_are_not_compared_with_as_an_evaluation_set(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They are those that were trained on."""
+    """They are those that were trained on. Somebody's own in the run's folder are compared."""
     write_run(tmp_path / "run")
     with pytest.raises(UmedError, match="not a folder with images"):
         evaluation_pictures([tmp_path])
-    put(tmp_path / "b.png", PIXELS)
-    assert evaluation_pictures([tmp_path]).names == [str(tmp_path / "b.png")]
-    assert "1 images that umed has written itself are not compared" in capsys.readouterr().err
+    own = [tmp_path / "b.png", tmp_path / "run" / "JPEGImages" / "c.png"]
+    for path in own:
+        put(path, PIXELS)
+    assert evaluation_pictures([tmp_path]).names == [str(path) for path in own]
+    assert "1 images of runs of umed are not compared" in capsys.readouterr().err
 
 
-def test_a_built_evaluation_set_is_compared_with(tmp_path: Path) -> None:
-    """Its rendered pictures are all there is, so they are meant."""
-    data, built = tmp_path / "data", tmp_path / "built"
+def built_set(folder: Path) -> Path:
+    """Build a picture of 16 bits; returns the folder with the rendered one."""
+    data = folder / "data"
     put(data / "m" / "a.png", LESION)
     (data / "i").mkdir()
     write_png16(data / "i" / "a.png", scene())
     os.utime(data / "i" / "a.png", (1e9, 1e9))
+    built = folder / "sets" / "built"
     build_records(load_recipe(write_recipe(data, MASK % "", ALL_IN_TRAIN)), out_dir=built)
+    return built
+
+
+def test_a_built_evaluation_set_is_compared_with(tmp_path: Path) -> None:
+    """Also where another picture lies beside it."""
+    built = built_set(tmp_path)
+    put(tmp_path / "sets" / "other.png", PIXELS)
     for folder in (built, built / "images"):
         assert evaluation_pictures([folder]).names == [str(built / "images" / "drawn" / "i" / "a.png.png")]
+    assert len(evaluation_pictures([tmp_path / "sets"]).names) == 2
+
+
+def test_rendered_pictures_that_somebody_has_annotated(tmp_path: Path) -> None:
+    """In YOLO's layout, whose folder of pictures is umed's; nothing else lies there."""
+    built = built_set(tmp_path)
+    put(built / "labels" / "drawn" / "i" / "a.png.txt", "0 0.5 0.5 0.2 0.2")
+    found = read(built, "{reader: yolo, files: labels, image_root: images, names: [nod]}")
+    assert found.faults.messages == []
+    assert [os.path.relpath(item.image, built) for item in found.items] == ["images/drawn/i/a.png.png"]
+
+
+def test_own_files_in_the_folder_of_a_run_are_read(tmp_path: Path) -> None:
+    """A data set to whose folder a run was written, and a project that has a demo's folder names."""
+    write_run(tmp_path / "site_a")
+    for name in ("site_a/nod/a.png", "site_a/data/images/drawn/x.png", "project/data/studies/nod/b.png"):
+        put(tmp_path / name, PIXELS)
+    for name in ("runs", "logs"):
+        (tmp_path / "project" / name).mkdir()
+    annotations = MASK.replace("i/*.png", "*/**/*.png").replace("m/{stem}.png", ".m/{stem}.png") % ""
+    for stem in "ab":
+        put(tmp_path / ".m" / f"{stem}.png", LESION)
+    assert set(boxes(read(tmp_path, annotations))) == {"site_a/nod/a.png", "project/data/studies/nod/b.png"}

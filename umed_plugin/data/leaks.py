@@ -132,10 +132,9 @@ def evaluation_pictures(paths: Iterable[Union[str, Path]], slice_axes: Iterable[
                 images.append(file)
             else:
                 others[file.suffix.lower() or "no ending"] += 1
+        # Those of a run were trained on. A set that umed has built is compared with: too much is told, and too little is not.
         own = OwnFiles(path)
-        files = own.without(images)
-        if not files and not any(own.run_of(file.parent) for file in images):
-            files, own.left_out = images, Counter()  # the set itself was built by umed: its pictures are meant
+        files = [file for file in images if own.run_of(file) is None]
         if not files:
             raise UmedError(
                 f"{path}: not a folder with images in it or below. Give the folder of an evaluation set's images"
@@ -145,9 +144,9 @@ def evaluation_pictures(paths: Iterable[Union[str, Path]], slice_axes: Iterable[
                 _add_slices(file, pictures, axes)
             except UmedError as error:
                 warn(f"not compared with the training data: {error}")
-        if own.count:
-            first = next(iter(own.left_out))
-            warn(f"{path}: {own.count} images that umed has written itself are not compared, such as those in {first}")
+        if len(files) < len(images):
+            first = next(run for run in map(own.run_of, images) if run is not None)
+            warn(f"{path}: {len(images) - len(files)} images of runs of umed are not compared, such as those in {first}")
         if others:
             counted = ", ".join(f"{ending} ({count})" for ending, count in others.most_common())
             warn(f"{path}: files that are no images by their names are not compared with the training data: {counted}")

@@ -16,7 +16,10 @@ from typing import Optional
 CHECKED = ".umed_checked"
 _RENDERED_INTO = "images"
 _RUN_FILE, _RUN_FILE_SAYS = "run.yaml", b"umed upgrade"
-_DEMO_FOLDERS = ("data/studies", "runs", "logs")
+_DEMO_STUDIES, _DEMO_FOLDERS = "data/studies/annotations.csv", ("runs", "logs")
+# What lies in the folder of an upgrade or a demo. A file of another name there is somebody's own.
+_OF_A_RUN = {"data", "runs", "logs", "evaluation", "made", "checkpoint", "report.html", "summary.json"}
+_OF_A_RUN |= {"before_after.png"}
 _CHECK_PAGE, _CHECK_SHEETS = "check.html", ("sheet_", "augmented_")
 _PSEUDO_BOXES_SHEET = ".pseudo_boxes.png"
 
@@ -26,7 +29,7 @@ class OwnFiles:
 
     Args:
         start: what a recipe names. If it is in the folder of a run, that run's files are meant, such as the demo's studies. If it
-            is below the folder of rendered pictures, these are meant: somebody may have annotated them.
+            is in a folder of rendered pictures, these are meant: somebody may have annotated them.
 
     Attributes:
         left_out: folder in which umed wrote -> number of files.
@@ -35,20 +38,21 @@ class OwnFiles:
     def __init__(self, start: Path) -> None:
         self._start = start
         self._runs: dict[Path, Optional[Path]] = {}
+        self._builds: dict[Path, list[Path]] = {}
         self._rendered: dict[Path, frozenset[str]] = {}
         self._checked: dict[Path, bool] = {}
         self.left_out: Counter[Path] = Counter()
 
     def without(self, paths: Iterable[Path]) -> list[Path]:
-        """The paths that umed did not write, in their order; the other files are counted."""
-        kept = []
-        for path in paths:
-            folder = self.written_in(path)
-            if folder is None:
-                kept.append(path)
-            elif path.is_file():
-                self.left_out[folder] += 1
-        return kept
+        """The paths that umed did not write, in their order; the other files are counted.
+
+        Where the folder of rendered pictures is named and holds nothing else, they are meant.
+        """
+        told = [(path, self.written_in(path)) for path in paths]
+        if self._start.name == _RENDERED_INTO and all(folder or path.is_dir() for path, folder in told):
+            return [path for path, _ in told]
+        self.left_out.update(folder for path, folder in told if folder is not None and path.is_file())
+        return [path for path, folder in told if folder is None]
 
     @property
     def count(self) -> int:
@@ -57,28 +61,37 @@ class OwnFiles:
 
     def written_in(self, path: Path) -> Optional[Path]:
         """The folder of the run or build that wrote a file; None for what umed did not write."""
-        folder = path.parent
-        run = self.run_of(folder)
-        if run is not None:
+        run = self.run_of(path)
+        if run is not None or not path.name.endswith(".png"):
             return run
-        if not path.name.endswith(".png"):
-            return None
+        folder = path.parent
         if path.name.endswith(_PSEUDO_BOXES_SHEET) and self._was_built(folder):
             return folder
         if path.name.startswith(_CHECK_SHEETS) and (folder / _CHECK_PAGE).is_file():
             return folder
-        for built in (above.parent for above in path.parents if above.name == _RENDERED_INTO):
-            if built / _RENDERED_INTO not in self._start.parents and self._has_rendered(built, path):
-                return built
-        return None
+        return next((built for built in self._builds_above(folder) if self._has_rendered(built, path)), None)
 
-    def run_of(self, folder: Path) -> Optional[Path]:
-        """The folder of an upgrade or a demo that this folder is or lies in, if that is below the start."""
+    def run_of(self, path: Path) -> Optional[Path]:
+        """The folder of the upgrade or demo that wrote a file or folder, if that run is below the start."""
+        run = self._run_above(path.parent)
+        return run if run is not None and path.relative_to(run).parts[0] in _OF_A_RUN else None
+
+    def _run_above(self, folder: Path) -> Optional[Path]:
         if folder not in self._runs:
             below = self._start in folder.parents
-            above = self.run_of(folder.parent) if below else None
+            above = self._run_above(folder.parent) if below else None
             self._runs[folder] = folder if below and above is None and _is_run(folder) else above
         return self._runs[folder]
+
+    def _builds_above(self, folder: Path) -> list[Path]:
+        """The folders whose rendered pictures may lie in this one and are not meant."""
+        if folder not in self._builds:
+            self._builds[folder] = [
+                images.parent
+                for images in (folder, *folder.parents)
+                if images.name == _RENDERED_INTO and images not in self._start.parents
+            ]
+        return self._builds[folder]
 
     def _was_built(self, folder: Path) -> bool:
         if folder not in self._checked:
@@ -88,7 +101,8 @@ class OwnFiles:
     def _has_rendered(self, folder: Path, path: Path) -> bool:
         if folder not in self._rendered:
             self._rendered[folder] = _rendered_in(folder)
-        return path.relative_to(folder).as_posix() in self._rendered[folder]
+        rendered = self._rendered[folder]
+        return bool(rendered) and path.relative_to(folder).as_posix() in rendered
 
 
 def _is_run(folder: Path) -> bool:
@@ -98,7 +112,7 @@ def _is_run(folder: Path) -> bool:
                 return True
     except OSError:
         pass
-    return all((folder / name).is_dir() for name in _DEMO_FOLDERS)
+    return (folder / _DEMO_STUDIES).is_file() and all((folder / name).is_dir() for name in _DEMO_FOLDERS)
 
 
 def _rendered_in(folder: Path) -> frozenset[str]:

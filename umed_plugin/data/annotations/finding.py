@@ -140,8 +140,8 @@ def matching_folders(root: Path, pattern: str) -> list[Path]:
     if "*" not in pattern:
         return [root / pattern]
     own = OwnFiles(named_part(root, pattern))
-    found = [path for path in matches(root, pattern) if path.is_dir() and own.run_of(path) is None]
-    return found or [root / pattern]
+    found = [path for path in matches(root, pattern) if path.is_dir()]
+    return [path for path in found if own.run_of(path) is None] or found or [root / pattern]
 
 
 def matches(root: Path, pattern: str) -> list[Path]:

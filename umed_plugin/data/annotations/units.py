@@ -13,9 +13,9 @@ from umed_plugin.grounding.boxes import Box
 # From so many boxes on, it is no chance that all lie in the first 100 pixels of images that are more than four times as large.
 _ENOUGH_FOR_PERCENT = 20
 _SIDE_FOR_PERCENT = 400
-# Nor that all end near 1000 in images of several sizes, of which a fifth and more lies beyond.
+# Nor that all end near 1000 in x and in y, in images of several sizes, of which more than a third of each side lies beyond.
 _ENOUGH_FOR_THOUSANDTHS = 20
-_SIDE_FOR_THOUSANDTHS = 1250
+_SIDE_FOR_THOUSANDTHS = 1600
 _NEAR_THOUSAND = 950
 _Sized = Sequence[tuple[Box, Annotated, tuple[int, int]]]
 
@@ -114,9 +114,9 @@ def _check_thousandths(boxes: _Sized, faults: Faults) -> None:
     large = [(box, item, size) for box, item, size in boxes if min(size) >= _SIDE_FOR_THOUSANDTHS]
     if len(large) < _ENOUGH_FOR_THOUSANDTHS or len({size for _, _, size in large}) == 1:
         return
-    furthest = max(value for box, _, _ in large for value in box)
+    furthest = [max(box[corner] for box, _, _ in large) for corner in (2, 3)]
     # VOC's conventions shift by one.
-    if furthest <= _NEAR_THOUSAND or any(not -1 <= value <= 1001 for box, _, _ in boxes for value in box):
+    if min(furthest) <= _NEAR_THOUSAND or any(not -1 <= value <= 1001 for box, _, _ in boxes for value in box):
         return
     item = large[0][1]
     takes_fractions = "normalised" in type(item.recipe.annotations).model_fields
@@ -124,7 +124,7 @@ def _check_thousandths(boxes: _Sized, faults: Faults) -> None:
     multiply = "multiply x by width / 1000, and y by height / 1000"
     faults.remark(
         item.where,
-        f"all {len(boxes)} boxes lie in 0-1000, up to {furthest:g}, and {len(large)} of them are of images with "
+        f"all {len(boxes)} boxes lie in 0-1000, up to {furthest[0]:g} in x and {furthest[1]:g} in y, and {len(large)} of them are of images with "
         f"{_SIDE_FOR_THOUSANDTHS} pixels or more on a side. Are these thousandths, as Qwen-VL and Gemini write them? "
         f"Then {divide if takes_fractions else multiply}. Gemini writes y before x (image.box_axes: yx)",
     )

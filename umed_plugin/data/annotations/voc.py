@@ -92,6 +92,7 @@ def _listed_splits(
     by_stem: dict[str, list[Path]] = defaultdict(list)
     for path in sorted({path for found in paths.values() for path in found}):
         by_stem[path.stem].append(path)
+    of_split = {split: set(found) for split, found in paths.items()}
     splits: dict[Path, str] = {}
     for split, name in options.split_lists.items():
         path = root / name
@@ -104,7 +105,7 @@ def _listed_splits(
             fitting = _fitting(written, by_stem)
             if len(fitting) > 1:
                 # Of two trees with the same names, a split's list means the one that `files` gives to the split.
-                fitting = [one for one in fitting if one in paths.get(split, ())] or fitting
+                fitting = [one for one in fitting if one in of_split.get(split, ())] or fitting
             if not fitting:
                 lost.append(written)
             elif len({os.path.realpath(one) for one in fitting}) > 1:
