@@ -138,7 +138,12 @@ def test_a_server_that_drips_is_slow_too():
             "HTTP 307: the server sends the request on to another one, which is not followed. If that is the right one, give its "
             "address: http://example.org/v1.",
         ),
-        (lambda body, folder: Answer("", 302, {"Location": "/v1/completions/"}), "HTTP 302"),
+        (
+            lambda body, folder: Answer("", 302, {"Location": "/v1/completions/"}),
+            "HTTP 302: the server sends the request on to itself",
+        ),
+        (lambda body, folder: Answer("where?", 308), "HTTP 308: where?."),
+        (lambda body, folder: Answer("a loop", 308, {"Location": "/v1/completions"}), "HTTP 308: a loop."),
         (lambda body, folder: Answer("", 308, {"Location": "http://[::1/v1"}), "HTTP 308: no reason given."),
         (lambda body, folder: Answer("moved", 308, {"Location": "/\xe9"}), "HTTP 308: moved."),
     ],
@@ -148,7 +153,7 @@ def test_a_server_that_drips_is_slow_too():
         "no choices",
         "no object",
         "refused",
-        *("to another", "302", "nowhere", "no ASCII"),
+        *("to another", "302", "without an address", "to the same", "nowhere", "no ASCII"),
     ],
 )
 def test_other_replies_are_refused(answer, words):

@@ -122,10 +122,13 @@ def test_another_zero_stage_or_optimizer_in_deepspeeds_file_is_refused(tmp_path)
     assert changes(before, under(**zero[2], gradient_clipping=1.0)) == {"deepspeed": SAID}
     assert changes(before, under(**zero[3])) == {"deepspeed": SAID, "zero_stage": FIXED}
     assert changes(before, under(**zero[1])) == {"deepspeed": SAID, "zero_stage": SAID}
-    in_turns = under(zero_optimization={"stage": 2, "round_robin_gradients": True})
+    in_turns, in_turns_1 = (under(zero_optimization={"stage": n, "round_robin_gradients": True}) for n in (2, 1))
     assert changes(before, in_turns) == {"deepspeed": SAID, "deepspeed_layout": FIXED}
+    assert changes(in_turns_1, in_turns) == {"deepspeed": SAID, "zero_stage": FIXED}
+    of_old_run = {name: value for name, value in before.items() if name != "deepspeed_layout"}
+    assert changes(of_old_run, under(**zero[1])) == {"deepspeed": SAID, "zero_stage": FIXED}
     in_fp32 = under(**zero[1], data_types={"grad_accum_dtype": "fp32"})
-    assert changes(before, in_fp32) == {"deepspeed": SAID, "zero_stage": SAID, "deepspeed_layout": FIXED}
+    assert changes(before, in_fp32) == {"deepspeed": SAID, "zero_stage": FIXED, "deepspeed_layout": FIXED}
     own = under(**zero[2], optimizer={"type": "AdamW"}, scheduler={"type": "WarmupLR"})
     found = find_changes(before, own)
     faults = refusals(found, "checkpoint-3", {"zero_stage"})

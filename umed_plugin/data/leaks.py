@@ -146,7 +146,9 @@ def evaluation_pictures(paths: Iterable[Union[str, Path]], slice_axes: Iterable[
                 warn(f"not compared with the training data: {error}")
         if len(files) < len(images):
             first = next(run for run in map(own.run_of, images) if run is not None)
-            warn(f"{path}: {len(images) - len(files)} images of runs of umed are not compared, such as those in {first}")
+            warn(
+                f"{path}: {len(images) - len(files)} images of runs of umed are not compared, such as those in {first}"
+            )
         if others:
             counted = ", ".join(f"{ending} ({count})" for ending, count in others.most_common())
             warn(f"{path}: files that are no images by their names are not compared with the training data: {counted}")

@@ -188,7 +188,7 @@ class RolloutServer:
                 break
             asked = target
         if response.status != 200:
-            words = _words_of(read) if target is None else _not_followed(target, path)
+            words = self._not_followed(target, path) or _words_of(read)
             said = f"{self.url}{path}: HTTP {response.status}: {words}."
             raise _Refused(f"{said}{_KEY_REMEDY * (response.status in _KEY_REFUSED)}", response.status)
         if not path.endswith("adapter"):
@@ -210,29 +210,33 @@ class RolloutServer:
         finally:
             connection.close()
 
+    def _not_followed(self, target: str | None, path: str) -> str:
+        """What to say of a redirect that is not followed; empty for other replies."""
+        if target is None:
+            return ""
+        address = f"{origin(target)}{urlsplit(target).path.rstrip('/').removesuffix(path)}"
+        if address == self.url.rstrip("/"):
+            return f"the server sends the request on to itself. {MOST_HOPS} times are followed, if the status is 307 or 308"
+        return (
+            "the server sends the request on to another one, which is not followed. If that is the right one, give its address: "
+            f"{_shown(address)}"
+        )
+
     def _headers(self) -> dict[str, str]:
         key = key_in(ROLLOUT_KEY_VARIABLE)
         return {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
 
 
 def _target(response: http.client.HTTPResponse, asked: str) -> str | None:
-    """Where a reply sends the request for the address ``asked``; None if it does not, or to no address."""
+    """Where a reply sends the request for the address ``asked``; None if it does not, to no address or to this one."""
     location = response.headers.get("Location", "")
     if not 300 <= response.status < 400 or not location.isascii():
         return None
     try:
         target = urljoin(asked, location)
-        return target if urlsplit(target).port != 0 else None
+        return target if urlsplit(target).port != 0 and target != asked else None
     except ValueError:
         return None
-
-
-def _not_followed(target: str, path: str) -> str:
-    address = f"{origin(target)}{urlsplit(target).path.rstrip('/').removesuffix(path)}"
-    return (
-        "the server sends the request on to another one, which is not followed. If that is the right one, give its address: "
-        f"{_shown(address)}"
-    )
 
 
 def _read_all(response: http.client.HTTPResponse, end: float) -> bytes:

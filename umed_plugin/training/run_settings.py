@@ -33,7 +33,7 @@ from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.flags.names import SYMBOLIC
 from umed_plugin.flags.needs import rules_of
 from umed_plugin.flags.rules import ACCEPTED, FIXED, FREE, RESTORED, REWARDING, SAID
-from umed_plugin.flags.sharding import read_deepspeed
+from umed_plugin.flags.sharding import NONE, read_deepspeed
 
 SETTINGS = "settings"
 WORLD_SIZE = "world_size"
@@ -240,7 +240,7 @@ def find_changes(before: dict[str, Any], now: dict[str, Any], *, between_updates
             kind = FIXED
         elif name == WORLD_SIZE and now.get("deepspeed") is not None:
             kind = FIXED  # each process has a part of the optimizer's state
-        elif name == ZERO_STAGE and {before[name], now[name]} == {1, 2}:
+        elif name == ZERO_STAGE and [before[name], now[name]] in ([1, 2], [2, 1]) and _has_usual_layout(before, now):
             kind = SAID  # DeepSpeed has one optimizer for both, which divides its state alike
         elif name in _STEP and same_step:
             kind = SAID
@@ -248,6 +248,14 @@ def find_changes(before: dict[str, Any], now: dict[str, Any], *, between_updates
             kind = FIXED
         changes.append(Change(name, _words(before[name]), _words(now[name]), kind))
     return changes
+
+
+def _has_usual_layout(*settings: dict[str, Any]) -> bool:
+    """Whether nothing orders the optimizer's state otherwise.
+
+    Old checkpoints do not say, and DeepSpeed 0.12 ignores it in ZeRO-1.
+    """
+    return all(one.get(LAYOUT) == NONE for one in settings)
 
 
 def refusals(changes: list[Change], checkpoint: str, accepted: set[str], *, between_updates: bool = False) -> list[str]:

@@ -124,8 +124,9 @@ def _check_thousandths(boxes: _Sized, faults: Faults) -> None:
     multiply = "multiply x by width / 1000, and y by height / 1000"
     faults.remark(
         item.where,
-        f"all {len(boxes)} boxes lie in 0-1000, up to {furthest[0]:g} in x and {furthest[1]:g} in y, and {len(large)} of them are of images with "
-        f"{_SIDE_FOR_THOUSANDTHS} pixels or more on a side. Are these thousandths, as Qwen-VL and Gemini write them? "
+        f"all {len(boxes)} boxes lie in 0-1000, up to {furthest[0]:g} in x and {furthest[1]:g} in y, and {len(large)} of them "
+        f"are of images with {_SIDE_FOR_THOUSANDTHS} pixels or more on a side. Are these thousandths, as Qwen-VL and Gemini "
+        "write them? "
         f"Then {divide if takes_fractions else multiply}. Gemini writes y before x (image.box_axes: yx)",
     )
 
