@@ -29,7 +29,7 @@ from umed_plugin.model.packing import Columns, packing_fault
 from umed_plugin.model.sampling import SamplingSettings, continue_prompts
 from umed_plugin.patches import attention_mask
 from umed_plugin.patches import split_attention as patch
-from umed_plugin.training.experience_maker import ExperienceMaker
+from umed_plugin.training.answer_packing import can_pack
 
 KINDS = ("eager", "sdpa", "flash_attention_2")
 
@@ -255,11 +255,10 @@ def test_rows_are_packed_over_float32_weights_in_the_precision_of_the_run(loaded
     flash = with_attention(copy.deepcopy(model), "flash_attention_2")
     assert "only support fp16 and bf16" in packing_fault(flash)
     args = SimpleNamespace(deepspeed=None, bf16=False, fp16=False, device=torch.device("cpu"), process_index=0)
-    maker = object.__new__(ExperienceMaker)
-    maker.flags, maker.args = UmedFlags(umed_stage="rewarding"), args
-    assert not maker._can_pack(flash)
+    flags = UmedFlags(umed_stage="rewarding")
+    assert not can_pack(flash, flags, args)
     args.bf16 = True
-    assert maker._can_pack(flash)
+    assert can_pack(flash, flags, args)
 
 
 @pytest.mark.usefixtures("split")

@@ -20,6 +20,7 @@ Stage 2, Abnormal-Aware Rewarding:
 - `umed_plugin.training.experience`: what updates learn from, split into minibatches
 - `umed_plugin.training.objective`: the losses of GRPO and PPO
 - `umed_plugin.training.candidate_log`, `umed_plugin.training.step_metrics`: what is logged
+- `umed_plugin.training.answer_packing`: whether the answers to a query share its prompt
 - `umed_plugin.training.candidate_sampling`, `umed_plugin.training.answer_passes`: the parts of a rollout that run the model
 - `umed_plugin.training.dynamic_sampling`: replaces groups without signal
 - `umed_plugin.training.experience_maker`: one rollout: candidates are sampled, log-probabilities of the old and the reference

@@ -29,12 +29,10 @@ import torch
 from torch import Tensor
 
 from umed_plugin.data.records import Record
-from umed_plugin.errors import note
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.model.forward import Candidates, base_llava, decode_answers
 from umed_plugin.model.output_layer import Scoring
-from umed_plugin.model.packing import packing_fault
 from umed_plugin.model.sampling import SamplingSettings
 from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.rewards import (
@@ -50,6 +48,7 @@ from umed_plugin.rewards import (
     weighted_sum,
 )
 from umed_plugin.training.advantages import KLCoefficient, centre_groups
+from umed_plugin.training.answer_packing import can_pack
 from umed_plugin.training.answer_passes import AnswerPasses, batches_of
 from umed_plugin.training.candidate_sampling import CandidateSampling, Lesions
 from umed_plugin.training.cut_off import CutOff, ended
@@ -64,26 +63,9 @@ from umed_plugin.training.experience import (
 )
 from umed_plugin.training.reference import ReferencePolicy
 from umed_plugin.training.rollout_engine import Ranks, rollout_engine
-from umed_plugin.training.run_precision import precision_of
 from umed_plugin.training.step_metrics import ScoredCandidates, StepMetrics, weight_of
 from umed_plugin.training.stopping import rewards_agreed
 from umed_plugin.training.value_head import ValueHead
-
-
-def _attention_note(llava: Any, packed: bool, fault: str | None) -> str:
-    used = f"attention: {getattr(llava.config, '_attn_implementation', 'unknown')}"
-    if packed:
-        return f"{used}. The answers to a question share its prompt in sampling, scoring and update."
-    repeated = (
-        "Sampling copies the prompt's KV cache for each answer, and under gradient checkpointing the update repeats the prompt "
-        "for each"
-    )
-    if fault is None:
-        return f"{used}. --umed_packed False: answers do not share their prompt. {repeated}."
-    return (
-        f"{used}. {fault}: answers are not packed. {repeated}. Another --umed_attention may do better; --umed_packed False "
-        "accepts this."
-    )
 
 
 class ExperienceMaker:
@@ -119,7 +101,7 @@ class ExperienceMaker:
         self._kl_of_answers: list[Tensor] = []
 
         # How answers are sampled, and what passes are made over them.
-        self.packed = self._can_pack(base_llava(model))
+        self.packed = can_pack(base_llava(model), flags, args)
         self.scoring = Scoring(flags.umed_temperature, flags.umed_logit_rows, hidden=value_head is not None)
         self.lesions = Lesions(model, tokenizer, flags)
         settings = SamplingSettings(
@@ -151,17 +133,6 @@ class ExperienceMaker:
             ),
             AnswerPasses(self.scoring, self.packed, head, reference, needs_log_probs, of_passes),
         )
-
-    def _can_pack(self, llava: Any) -> bool:
-        """Whether the K answers of a query can share a row with its prompt; tells the user which attention is used, and how."""
-        fault = None
-        if self.flags.umed_packed:
-            with gathered_parameters(llava), precision_of(self.args):
-                fault = packing_fault(llava)
-        packed = self.flags.umed_packed and fault is None
-        if self.args.process_index == 0:
-            note(_attention_note(llava, packed, fault))
-        return packed
 
     def make(
         self,
