@@ -18,8 +18,8 @@ from support.drawn import scene, write_png
 from support.speaking import BOX01, SENTENCE
 
 from umed_plugin.commands.serve.dialogue import Dialogue
-from umed_plugin.commands.serve.handler import page_html
 from umed_plugin.commands.serve.line import Line
+from umed_plugin.commands.serve.page_files import page_html
 from umed_plugin.data.images import load_image
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from support.chat_client import VIEW, Client, chat_server
@@ -46,7 +48,7 @@ def test_who_may_speak_to_it(host: str | None, origin: str | None, site: str | N
     ids=["rebinding", "foreign page", "foreign script"],
 )
 def test_foreign_pages_get_nothing(server: Any, client: Client, headers: dict[str, str]) -> None:
-    for method, path in (("POST", "/studies"), ("GET", "/"), ("GET", "/page.js")):
+    for method, path in (("POST", "/studies"), ("GET", "/"), ("GET", "/page.js"), ("DELETE", "/")):
         status, said, _ = client.ask(method, path, b"", **headers)
         assert status == 403 and "error" in said
     assert list(server.shelf.folder.iterdir()) == []
@@ -83,6 +85,37 @@ def test_wrong_requests_are_told_what_is_wrong(
     actual, answer, _ = client.ask("POST", f"/studies/{study}/{path}", body)
     assert (actual, said in answer["error"]) == (status, True), answer
     assert client.question(study)[-1]["answer"]["text"] == SENTENCE, "the server still works"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("DELETE", "/", "GET, HEAD"),
+        ("PUT", "/page.js", "GET, HEAD"),
+        ("GET", "/studies", "POST"),
+        ("HEAD", "/studies", "POST"),
+        ("POST", "/studies/a/picture", "GET, HEAD"),
+        ("BREW", "/studies/a/files", "PUT"),
+        ("OPTIONS", "/studies/a/answers/1/attention", "POST"),
+    ],
+)
+def test_a_method_that_a_path_does_not_take_is_told_those_that_it_does(
+    server: Any, method: str, path: str, allowed: str
+) -> None:
+    head, body = spoken(server, f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()).split(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 405 ") and f"\r\nAllow: {allowed}\r\n".encode() in head
+    told = json.loads(body)["error"] if method != "HEAD" else f"{method} {allowed}"
+    assert method in told and allowed in told
+
+
+def test_head_is_answered_as_get_without_the_body(server: Any, client: Client, dicom: Path) -> None:
+    study, _ = client.upload(dicom)
+    for path in ("/page.js", f"/studies/{study}/picture?{urlencode(VIEW)}"):
+        status, body, headers = client.ask("HEAD", path)
+        assert (status, body) == (200, b"")
+        assert headers["Content-Length"] == client.ask("GET", path)[2]["Content-Length"]
+    heard = spoken(server, b"".join(b"HEAD /%s HTTP/1.1\r\nHost: localhost\r\n\r\n" % path for path in (b"none", b"")))
+    assert heard.count(b"HTTP/1.1 404") == heard.count(b"HTTP/1.1 200") == 1 and b"error" not in heard
 
 
 @pytest.mark.parametrize("query", ["", "item=0", "item=-1&axis=2&slice=0&volume=0", "item=0&axis=2&slice=9e9&volume=0"])
@@ -141,9 +174,14 @@ def test_what_is_no_request_does_no_harm(
         (b"GET http://[ HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", b"400"),
         (b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nOrigin: http://[\r\n\r\n", b"403"),
         (b"GET http://[ HTTP/1.1\r\nHost: evil.example\r\n\r\n", b"403"),
+        (b"POST studies HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", b"404"),
+        (b"GET / HTTP/9\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n", b"431"),
+        (b"GET / HTTP/3.0\r\n\r\n", b"505"),
     ],
+    ids=["address", "origin", "foreign", "no slash", "no version", "headers", "version"],
 )
-def test_malformed_addresses_are_answered(
+def test_malformed_requests_are_answered(
     server: Any, said: bytes, status: bytes, capfd: pytest.CaptureFixture[str]
 ) -> None:
     heard = spoken(server, said)

@@ -2,7 +2,8 @@
 
 The modules, in the order of a request:
 
-- `access` decides which requests are allowed; `handler` and `server` speak HTTP.
+- `access` decides which requests are allowed; `requests` says what a request may be; `handler` and `server` speak HTTP.
+  `page_files` is the page itself.
 - `uploads` stores files and detects their type by content; `shelf` keeps the studies of all open pages.
 - `studies` reads slices; `views` says which planes and windows each image has.
 - `line` is the queue for the models; `dialogue` runs one; `box_places` finds its boxes in the text.
