@@ -83,6 +83,46 @@ def test_many_pages_at_once(client: Client, tmp_path: Path) -> None:
     assert sizes == {number: [40 + number, 61] for number in range(8)}
 
 
+def test_questions_at_once_are_answered_as_alone(tiny_mistral: Path, dicom: Path, tmp_path: Path) -> None:
+    """Two clients ask at the same time, each about its own picture, and then once more."""
+    files = (dicom, write_png(tmp_path / "b.png", scene(width=50, height=50, box=(1, 1, 9, 9))))
+    asked = [(file, question) for question in ("What is it?", "Where does it lie?") for file in files]
+    with chat_server(attentive(tiny_mistral)) as server:
+        alone = {(file, question): answer_of(Client(server), file, question) for file, question in asked}
+    assert len(set(alone.values())) == len(asked), "they differ by picture and by question"
+    together: dict[Any, str] = {}
+    start = threading.Barrier(len(files))
+
+    def visit(file: Path) -> None:
+        client = Client(server)
+        study, _ = client.upload(file)
+        for question in [question for named, question in asked if named == file]:
+            start.wait(30)
+            together[file, question] = client.question(study, question)[-1]["answer"]["text"]
+
+    with chat_server(attentive(tiny_mistral)) as server:
+        threads = [threading.Thread(target=visit, args=(file,)) for file in files]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert together == alone
+
+
+def attentive(checkpoint: Path) -> Dialogue:
+    """A checkpoint with random weights whose layers say more, so that what it answers depends on all of its prompt."""
+    dialogue = Dialogue(checkpoint, most_tokens=12)
+    for layer in dialogue.llava.get_model().layers:
+        for part in (layer.self_attn.q_proj, layer.self_attn.o_proj):
+            part.weight.data *= 10
+    return dialogue
+
+
+def answer_of(client: Client, file: Path, question: str) -> str:
+    study, _ = client.upload(file)
+    return str(client.question(study, question)[-1]["answer"]["text"])
+
+
 def test_the_page_loads_nothing_from_elsewhere_and_takes_names_as_text(client: Client) -> None:
     status, page, headers = client.ask("GET", "/")
     assert status == 200 and b"tiny-&lt;b&gt;llava" in page
