@@ -251,6 +251,12 @@ def test_a_file_of_a_later_version_and_a_damaged_line_are_named(tmp_path):
     (folder / "predictions.jsonl").write_text(first * (1 + len(rest)))
     with pytest.raises(UmedError, match=r"predictions.jsonl:2: has the id '.*' a second time"):
         Evaluation.load(folder)
+    for wrong in (float("nan"), float("inf")):
+        values = {**json.loads(first)["values"], "closed_accuracy": wrong}
+        line = json.dumps({**json.loads(first), "values": values}) + "\n"
+        (folder / "predictions.jsonl").write_text("".join([line, *rest]))
+        with pytest.raises(UmedError, match=rf"predictions.jsonl:1: values.closed_accuracy: found {wrong}. .*finite"):
+            Evaluation.load(folder)
     (folder / "evaluation.json").write_text(json.dumps({**summary, "n": 1}))
     (folder / "predictions.jsonl").write_text('{"id": "0"}\n')
     with pytest.raises(UmedError, match=r"predictions.jsonl:1: has no answer, cluster, image"):

@@ -67,7 +67,7 @@ class PredictionForm(Form):
     question: str
     answer: str
     truth: str
-    values: dict[str, float]
+    values: dict[str, FiniteFloat]
     cluster: str
     options: list[str] = []
     losses: list[Optional[float]] = []
@@ -112,8 +112,8 @@ class OldStudyForm(_DrawnForm):
     image: str
     question: str
     answer: str
-    accuracy: float
-    values: Optional[dict[str, float]] = None
+    accuracy: FiniteFloat
+    values: Optional[dict[str, FiniteFloat]] = None
     vision_relevance: Optional[float] = None
     heat: Optional[HeatForm] = None
 
