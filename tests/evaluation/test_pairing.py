@@ -88,6 +88,12 @@ def test_the_command_refuses_before_the_checkpoint_is_loaded(tiny_mistral, tmp_p
     assert "question '0' is 'Which organ? 0'" in " ".join(capsys.readouterr().err.split())
 
 
+def test_the_command_compares_no_folder_with_itself(tmp_path, capsys):
+    command = ["evaluate", "ckpt", "--benchmark", "slake", "--out", str(tmp_path / "x")]
+    assert main([*command, "--compare", str(tmp_path / "y" / ".." / "x")]) == 2
+    assert "compared with itself" in " ".join(capsys.readouterr().err.split())
+
+
 def test_the_table_is_printed_also_if_the_comparison_is_refused(tmp_path, capsys):
     first, other = (write_questions(tmp_path / f"{name}.jsonl", name, "liver") for name in "xy")
     before, after = evaluate(Says("liver"), first), evaluate(Says("liver"), other)

@@ -209,6 +209,11 @@ def _checked(args: argparse.Namespace) -> BoxDialect:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}; needed: 1 or more.")
     if not 0 < args.image_cache_gb < math.inf:
         raise UsageError(f"--image-cache-gb is {args.image_cache_gb:g}; needed: a number of GB above 0.")
+    if args.compare is not None and args.out is not None and args.compare.resolve() == args.out.resolve():
+        raise UsageError(
+            f"--compare {args.compare} is the folder of --out: an evaluation would be compared with itself. Give the --out of "
+            "another evaluation."
+        )
     check_base(args.base, args.checkpoint)
     check_similar_flags(args)
     for name, value in (("--as", args.report_as), ("--scores", args.report_scores)):
