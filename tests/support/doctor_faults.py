@@ -118,6 +118,13 @@ def as_text_model(folder: Path) -> None:
     )
 
 
+def as_tower_of_224(folder: Path) -> None:
+    """As many patches, each larger; and an image processor that leaves its sizes to transformers."""
+    edit(folder, image_size=224, patch_size=28)
+    change(folder, lambda c: c.update({"vision_model.embeddings.patch_embedding.weight": torch.zeros(64, 3, 28, 28)}))
+    edit(folder, "preprocessor_config.json", size=None, crop_size=None)
+
+
 def extra_rows(folder: Path, count: int) -> None:
     def grow(content: dict[str, torch.Tensor]) -> None:
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -393,7 +400,11 @@ FAULTS = (
           said="size is 73 x 73, and crop_size 64 x 64"),
     Fault("tower-image-size", lambda f: edit(f / "vision_tower", "preprocessor_config.json", do_resize=False),
           said="do_resize is false"),
-    Fault("tower-image-size", lambda f: edit(f / "vision_tower", "preprocessor_config.json", size=None), said="size is null"),
+    Fault("tower-image-size", lambda f: edit(f / "vision_tower", "preprocessor_config.json", size=None),
+          said="size is 224 x 224, and crop_size 64 x 64, so boxes are elsewhere in the image than umed computes (size is null"),
+    Fault("tower-image-size", lambda f: edit(f / "vision_tower", "preprocessor_config.json", crop_size=None),
+          said="images are made 224 x 224, but the tower expects 64 x 64 (crop_size is null"),
+    Fault("tower-size-null", lambda f: as_tower_of_224(f / "vision_tower"), said="size and crop_size are null"),
     Fault("not-finite", lambda f: set_value(f, float("nan")), said=KEY),
     Fault("not-finite", lambda f: set_value(f, float("inf")), said="1 values"),
     Fault("half-overflow", lambda f: set_value(f, 1e5, torch.bfloat16), said="9.98e+04"),

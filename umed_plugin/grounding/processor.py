@@ -40,6 +40,23 @@ def processor_fault(values: Mapping[str, Any], image_aspect_ratio: str | None) -
     return None
 
 
+def made_size(values: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Height and width of what a processor makes of a square image.
+
+    Args:
+        values: of its preprocessor_config.json.
+
+    Example:
+        >>> from umed_plugin.grounding.processor import made_size
+        >>> made_size({"size": {"shortest_edge": 336}, "crop_size": None})
+        (224, 224)
+        >>> made_size({"size": {"shortest_edge": 336}, "do_center_crop": False})
+        (336, 336)
+    """
+    last = "crop_size" if values.get("do_center_crop", True) else "size"
+    return _sides(_stated(values.get(last), _DEFAULT[last]))
+
+
 def missing_size(values: Mapping[str, Any]) -> str | None:
     """The size with which transformers 5 can prepare no image, as text; None if none is missing.
 

@@ -338,6 +338,12 @@ TOWER = (
         "Set crop_size and size (shortest_edge) in the tower's preprocessor_config.json to {size}, and do_resize and "
         "do_center_crop to true.",
     ),
+    Kind(
+        "tower-size-null", WARNING, "size or crop_size is null in the preprocessor_config.json of a tower for 224 pixels",
+        "LLaVA's transformers takes 224 for null. With transformers 5 no image can be prepared: training and umed refuse the "
+        "tower.",
+        "Set size (shortest_edge) and crop_size in the tower's preprocessor_config.json to {size}.",
+    ),
 )  # fmt: skip
 
 WEIGHTS = (

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from umed_plugin.checkpoints.folder import (
     FAMILIES,
@@ -27,7 +28,7 @@ from umed_plugin.commands.doctor.configuration import PROJECTOR, is_transformers
 from umed_plugin.commands.doctor.contents import FULL, NOTHING, WHOLE, Contents, read_object, read_weights
 from umed_plugin.commands.doctor.findings import Finding, JsonChange
 from umed_plugin.errors import UmedError
-from umed_plugin.grounding.processor import missing_size, processor_fault
+from umed_plugin.grounding.processor import made_size, missing_size, processor_fault
 
 
 def check_tower(contents: Contents, compares: bool = True) -> Iterator[Finding]:
@@ -109,17 +110,23 @@ def _sizes(contents: Contents, folder: Path) -> Iterator[Finding]:
         )
         yield finding("tower-width", found, f"{contents.config_file}: mm_hidden_size", change, width=taken)
     processor, size = read_object(folder / "preprocessor_config.json"), shape.get("image_size")
-    crop = processor.get("crop_size")
-    made = crop.get("height") if isinstance(crop, dict) else crop
-    if made is not None and size is not None and made != size:
-        found = f"crop_size is {made}, but the tower expects images of size {size}"
-        yield finding("tower-image-size", found, str(folder / "preprocessor_config.json"), size=size)
-    elif (missing := missing_size(processor)) is not None:
-        found = f"{missing}, with which transformers 5 can prepare no image"
-        yield finding("tower-image-size", found, str(folder / "preprocessor_config.json"), size=size or made)
-    elif processor and (fault := processor_fault(processor, contents.config.get("image_aspect_ratio"))):
-        found = f"{fault}, so boxes are elsewhere in the image than umed computes"
-        yield finding("tower-image-size", found, str(folder / "preprocessor_config.json"), size=size or made)
+    if processor:
+        yield from _processor(processor, size, contents.config.get("image_aspect_ratio"), folder)
+
+
+def _processor(processor: dict[str, Any], side: Any, mode: str | None, folder: Path) -> Iterator[Finding]:
+    """Check that the tower's image processor makes images of the tower's side, and where boxes are in them."""
+    where, (height, width) = str(folder / "preprocessor_config.json"), made_size(processor)
+    missing, size = missing_size(processor), side or height
+    null = "" if missing is None else f" ({missing}, for which transformers 4 takes 224)"
+    if side is not None and (height, width) != (side, side):
+        found = f"images are made {height} x {width}, but the tower expects {side} x {side}{null}"
+        yield finding("tower-image-size", found, where, size=size)
+    elif fault := processor_fault(processor, mode):
+        found = f"{fault}, so boxes are elsewhere in the image than umed computes{null}"
+        yield finding("tower-image-size", found, where, size=size)
+    elif missing is not None:
+        yield finding("tower-size-null", missing, where, size=size)
 
 
 def _loaded(contents: Contents, checkpoint: Path, name: str) -> list[Finding]:
