@@ -577,6 +577,11 @@ def test_nothing_is_offered_to_be_accepted_that_training_refuses(tiny_mistral, t
     with pytest.raises(UmedError, match="(?s)cannot be upgraded.*tower-image-size: do_resize is false") as caught:
         upgrade_of(sick, tmp_path / "run").run()
     assert "accept_findings" not in str(caught.value)
+    (tower / "model.safetensors").unlink()
+    write_json(tower / "preprocessor_config.json", processor)
+    with pytest.raises(UmedError, match="(?s)cannot be upgraded.*tower-incomplete: contains no weights") as caught:
+        upgrade_of(sick, tmp_path / "run").run()
+    assert "accept_findings" not in str(caught.value)
 
 
 @pytest.mark.llava

@@ -48,8 +48,8 @@ _STOCK_LOADING_ERRORS = (
     "adapter-model-type",
     "tower-ignored",
 )
-# Doctor errors that stage 1 refuses too where records have boxes, so that accept_findings is not offered.
-_REFUSED_WITH_BOXES = ("tower-image-size",)
+# Doctor errors that stage 1 refuses too, so that accept_findings is not offered. The first is refused where records have boxes.
+_REFUSED_BY_TRAINING = ("tower-image-size", "tower-incomplete", "tower-promised")
 
 
 class Upgrade:
@@ -164,7 +164,7 @@ class Upgrade:
                 f"{self.origin.checkpoint}: cannot be upgraded as it is:\n"
                 + "\n".join(lines)
                 + f"\nDetails: `umed doctor {shlex.quote(str(self.origin.checkpoint))}`; with --fix it fixes what is safe."
-                + ("" if {*codes} & {*_REFUSED_WITH_BOXES} else anyway)
+                + ("" if {*codes} & {*_REFUSED_BY_TRAINING} else anyway)
             )
 
     def _handle_changes(self, changes: Sequence[tuple[Step, list[str]]]) -> None:
