@@ -9,13 +9,14 @@ Delete when: LLaVA's `train()` reads the configuration before it chooses a class
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.checkpoints.folder import ADAPTER
+from umed_plugin.checkpoints.folder import ADAPTER, ORIGINAL_TOWER
 from umed_plugin.checkpoints.folder import FAMILIES as LLAVA_FAMILIES
-from umed_plugin.checkpoints.missing_tensors import refuse_missing, refuse_missing_of_tower
+from umed_plugin.checkpoints.missing_tensors import lacking_in_tower, names_in, refuse, refuse_missing, tower_names
 from umed_plugin.errors import UmedError, warn
 from umed_plugin.flags.checkpoint_settings import find_contradictions, find_departures
 from umed_plugin.flags.rules import TUNING
@@ -100,18 +101,36 @@ def _fsdp_faults(run: TrainingRun, config: dict[str, Any]) -> list[str]:
 
 def _missing_tensors(run: TrainingRun, config: dict[str, Any]) -> list[str]:
     """Why a checkpoint or tower on this machine lacks weights: transformers warns in a long log, and trains random ones."""
-    name, tower, faults = run.model_args.model_name_or_path, run.model_args.vision_tower, []
+    name, faults = run.model_args.model_name_or_path, []
     if _has_weights(Path(name)):
         try:
             refuse_missing(name, config, projector=run.model_args.pretrain_mm_mlp_adapter is None)
         except UmedError as error:
             faults.append(f"--model_name_or_path {error}")
-    if tower is not None:
-        try:
-            refuse_missing_of_tower(tower)
-        except UmedError as error:
-            faults.append(f"--vision_tower {error}")
-    return faults
+    return faults + _missing_of_tower(run)
+
+
+def _missing_of_tower(run: TrainingRun) -> list[str]:
+    """Why the folder of ``--vision_tower`` lacks weights that are trained with. A whole tower in the checkpoint replaces all."""
+    tower = run.model_args.vision_tower
+    if tower is None or not os.path.isdir(tower):
+        return []
+    try:
+        if lacking_in_tower(Path(tower)):
+            refuse(lacking_in_tower(Path(tower), _tower_inside(run)), tower)
+    except UmedError as error:
+        return [f"--vision_tower {error}"]
+    return []
+
+
+def _tower_inside(run: TrainingRun) -> list[str]:
+    """Names of the tower in the checkpoint; none if it is left out (see `patches/vision_tower.py`)."""
+    if run.flags.umed_tower_weights == ORIGINAL_TOWER:
+        return []
+    try:
+        return tower_names(names_in(run.model_args.model_name_or_path, run.training_args.cache_dir))
+    except UmedError:  # said of --model_name_or_path
+        return []
 
 
 def _part_of_a_checkpoint(folder: Path) -> str | None:

@@ -24,6 +24,7 @@ from umed_plugin.checkpoints.loading import load_checkpoint
 from umed_plugin.checkpoints.merging import merge
 from umed_plugin.checkpoints.to_llava import to_llava
 from umed_plugin.checkpoints.to_transformers import to_transformers
+from umed_plugin.checkpoints.tower_weights import whole_tower
 from umed_plugin.checkpoints.trained_on import weights_digest
 from umed_plugin.checkpoints.writing import stock_name_fault
 from umed_plugin.cli import main
@@ -482,6 +483,13 @@ def test_a_tower_that_lacks_a_weight_is_not_loaded(tiny_mistral, tmp_path):
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "mm_vision_tower": str(base / "vision_tower")}))
     load_checkpoint(base, device="cpu")
+    unused = next(name for name in tensors_of(base / "vision_tower") if "post_layernorm.weight" in name)
+    holed(base / "vision_tower", base / "vision_tower", unused)
+    load_checkpoint(base, device="cpu")
+    with pytest.raises(UmedError, match=r"lack 'post_layernorm.weight'"):  # transformers' class has it
+        to_transformers(base, tmp_path / "out")
+    whole = whole_tower({}, {"mm_vision_tower": str(base / "vision_tower")}, base)
+    assert whole[f"{TOWER}vision_tower.{unused}"].eq(1).all()
     lost = next(name for name in tensors_of(base / "vision_tower") if "layers.0.mlp.fc1.weight" in name)
     holed(base / "vision_tower", base / "vision_tower", lost)
     for do in (lambda: load_checkpoint(base, device="cpu"), lambda: to_transformers(base, tmp_path / "out")):

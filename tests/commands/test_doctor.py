@@ -23,6 +23,7 @@ from support.doctor_faults import (
     copied,
     edit,
     first_kind,
+    lose,
     mark_of,
     next_kind,
     split,
@@ -92,6 +93,18 @@ def test_a_fault_is_named_and_nothing_else(fault: Fault, good, tmp_path):
     assert fault.said in named.found
     assert named.where and named.why and named.remedy and "{" not in named.remedy.replace("{k: v", "")
     assert not mark_of(folder).exists(), "the doctor called a function that a pickle names"
+
+
+@pytest.mark.parametrize("lost", ["vision_model.post_layernorm.bias", "vision_model.pre_layrnorm.bias"])
+def test_a_tower_may_lack_what_the_checkpoint_holds_or_nothing_uses(lost, good, tmp_path):
+    folder = copied(good["mistral"], tmp_path / "llava-mistral-tiny")
+    lose(lost)(folder / "vision_tower")
+    assert codes(folder) == ({"tower-incomplete"} if "pre" in lost else set())
+    shutil.copytree(good["mistral"] / "vision_tower", folder / "vision_tower", dirs_exist_ok=True)
+    with_tower(folder, 0.5)
+    lose(lost)(folder / "vision_tower")
+    edit(folder, unfreeze_mm_vision_tower=True)
+    assert codes(folder) == set()
 
 
 def test_every_kind_is_made_by_a_fault_or_a_family():

@@ -92,9 +92,12 @@ def test_a_checkpoint_that_lacks_a_weight_is_not_trained(tiny_mistral, tmp_path)
 def test_nothing_is_trained_with_a_tower_that_lacks_a_weight(tiny_mistral, tmp_path):
     tower = shutil.copytree(tiny_mistral / "vision_tower", tmp_path / "vision_tower")
     given = SimpleNamespace(model_name_or_path=str(tiny_mistral), pretrain_mm_mlp_adapter=None, vision_tower=str(tower))
-    run, config = SimpleNamespace(model_args=given), json.loads((tiny_mistral / "config.json").read_text())
+    run, config = tuning(given), json.loads((tiny_mistral / "config.json").read_text())
     assert model_class._missing_tensors(run, config) == []
     tensors = load_file(tower / "model.safetensors")
+    del tensors["vision_model.post_layernorm.bias"]  # LLaVA does not use it
+    save_file(tensors, tower / "model.safetensors")
+    assert model_class._missing_tensors(run, config) == []
     del tensors[min(tensors)]
     save_file(tensors, tower / "model.safetensors")
     (fault,) = model_class._missing_tensors(run, config)
@@ -104,6 +107,32 @@ def test_nothing_is_trained_with_a_tower_that_lacks_a_weight(tiny_mistral, tmp_p
     (tower / "model.safetensors").unlink()
     (fault,) = model_class._missing_tensors(run, config)
     assert fault.startswith(f"--vision_tower {tower}: contains no weights")
+
+
+def test_a_whole_tower_in_the_checkpoint_stands_for_what_the_folder_lacks(tiny_mistral, tmp_path):
+    checkpoint = shutil.copytree(tiny_mistral, tmp_path / "llava-mistral")
+    tower = load_file(checkpoint / "vision_tower" / "model.safetensors")
+    inside = {f"model.vision_tower.vision_tower.{name}": tensor for name, tensor in tower.items()}
+    del tower["vision_model.pre_layrnorm.bias"]
+    save_file(tower, checkpoint / "vision_tower" / "model.safetensors")
+    language = load_file(checkpoint / "model.safetensors")
+
+    def faults(inside: dict, weights: str = "checkpoint") -> list[str]:
+        save_file({**language, **inside}, checkpoint / "model.safetensors")
+        given = {"model_name_or_path": str(checkpoint), "vision_tower": str(checkpoint / "vision_tower")}
+        run = tuning(SimpleNamespace(**given, pretrain_mm_mlp_adapter=None), weights)
+        return model_class._missing_tensors(run, json.loads((checkpoint / "config.json").read_text()))
+
+    assert faults(inside) == []
+    (fault,) = faults(inside, "original")
+    assert "lack 'pre_layrnorm.bias' (1 such in all)" in fault
+    assert faults({}) == [fault]
+    assert faults(dict([*inside.items()][1:])) == [fault]
+
+
+def tuning(model_args: SimpleNamespace, tower_weights: str = "checkpoint") -> SimpleNamespace:
+    flags, training_args = SimpleNamespace(umed_tower_weights=tower_weights), SimpleNamespace(cache_dir=None)
+    return SimpleNamespace(model_args=model_args, flags=flags, training_args=training_args)
 
 
 @pytest.mark.parametrize(

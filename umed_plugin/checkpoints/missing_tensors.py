@@ -38,6 +38,8 @@ _TOWER_LAYER_PARTS = (
 _TOWER_EMBEDDINGS = [
     f"embeddings.{part}" for part in ("class_embedding", "patch_embedding.weight", "position_embedding.weight")
 ]
+# LLaVA takes what a layer puts out. This normalisation comes after all of them, and changes only what LLaVA leaves.
+_TOWER_UNUSED = ("post_layernorm.weight", "post_layernorm.bias")
 # Keys of config.json that decide shapes and not names.
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
@@ -65,18 +67,27 @@ def refuse_missing(checkpoint: Path | str, config: dict[str, Any], *, projector:
         )
 
 
-def refuse_missing_of_tower(tower: Path | str) -> None:
+def refuse_missing_of_tower(tower: Path | str, *, whole: bool = False) -> None:
     """Refuse a vision tower's folder whose weight files lack tensors of it.
+
+    Args:
+        tower: the folder, or a name on the Hub.
+        whole: ask also for what LLaVA does not use.
 
     Raises:
         UmedError: they lack some, or cannot be read.
     """
     if os.path.isdir(tower):  # files from the Hub are whole, or their download fails
-        refuse(lacking_in_tower(Path(tower)), tower)
+        refuse(lacking_in_tower(Path(tower), whole=whole), tower)
 
 
-def lacking_in_tower(folder: Path) -> list[str]:
-    """Tensors that the weight files of a vision tower's folder lack.
+def lacking_in_tower(folder: Path, inside: Collection[str] = (), *, whole: bool = False) -> list[str]:
+    """Tensors that the weight files of a vision tower's folder lack; none if a whole tower replaces its weights.
+
+    Args:
+        folder: of the tower.
+        inside: names of a checkpoint's own tower, by `tower_names`, if its weights replace the folder's.
+        whole: name also what LLaVA does not use.
 
     Raises:
         UmedError: it has no config.json or no weight files, or one of them cannot be read.
@@ -84,12 +95,29 @@ def lacking_in_tower(folder: Path) -> list[str]:
     if not (folder / "config.json").is_file():
         raise UmedError(f"{folder}: has no config.json. Copy or download the vision tower's folder again.")
     config = read_object(folder / "config.json")
-    return missing_of_tower(names_in(folder), config.get("vision_config", config))
+    shape = config.get("vision_config", config)
+    lacking = missing_of_tower(names_in(folder), shape, whole=whole)
+    return lacking if lacking and (not inside or missing_of_tower(inside, shape)) else []
 
 
-def names_in(folder: Path | str) -> set[str]:
-    """Names of the tensors in a folder's weight files that transformers reads: of shards, those that their index names too."""
-    paths = weight_files(folder)
+def tower_names(names: Collection[str]) -> list[str]:
+    """Those of a checkpoint's names that belong to a tower inside it, as LLaVA's tower has them.
+
+    Example:
+        >>> tower_names(["lm_head.weight", "model.vision_tower.vision_tower.vision_model.pre_layrnorm.bias"])
+        ['vision_tower.vision_model.pre_layrnorm.bias']
+    """
+    return [name[len(TOWER) :] for name in names if name.startswith(TOWER)]
+
+
+def names_in(folder: Path | str, cache_dir: str | None = None) -> set[str]:
+    """Names of the tensors in weight files that transformers reads: of shards, those that their index names too.
+
+    Args:
+        folder: of a checkpoint or a tower, or its name on the Hub.
+        cache_dir: where files from the Hub are cached.
+    """
+    paths = weight_files(folder, cache_dir=cache_dir)
     names = {name for path in paths for name in stored(path)}
     whole = "model.safetensors" if paths[0].suffix == ".safetensors" else "pytorch_model.bin"
     return names if paths[0].name == whole else names & {*weight_map(paths[0].parent / f"{whole}.index.json")}
@@ -191,12 +219,13 @@ def missing_projector(names: Collection[str], config: dict[str, Any]) -> list[st
     return [name for name in needed if name not in names]
 
 
-def missing_of_tower(names: Collection[str], config: Any) -> list[str]:
+def missing_of_tower(names: Collection[str], config: Any, *, whole: bool = True) -> list[str]:
     """Tensors of a CLIP tower, without a prefix, that are not among the names.
 
     Args:
         names: with any of the prefixes that `bare_tower_name` takes away.
         config: of the tower, from a ``config.json``.
+        whole: name also what LLaVA does not use.
 
     Example:
         >>> missing_of_tower(["vision_model.embeddings.class_embedding"], {"num_hidden_layers": 0})[0]
@@ -213,4 +242,4 @@ def missing_of_tower(names: Collection[str], config: Any) -> list[str]:
         for part in _TOWER_LAYER_PARTS
     ]
     weights = [f"{part}.{kind}" for part in ("pre_layrnorm", "post_layernorm", *parts) for kind in ("weight", "bias")]
-    return sorted({*_TOWER_EMBEDDINGS, *weights} - held)
+    return sorted({*_TOWER_EMBEDDINGS, *weights} - held - {*(() if whole else _TOWER_UNUSED)})

@@ -108,7 +108,7 @@ def to_transformers(
     tower, inside = str(_tower_of(config)), tower_tensors(checkpoint)
     vision = _vision_config(tower, checkpoint)
     if not inside:
-        refuse_missing_of_tower(tower)
+        refuse_missing_of_tower(tower, whole=True)  # transformers' class is loaded with all of it
     with writing_checkpoint(out, overwrite=overwrite, inputs=(checkpoint,)) as folder:
         name = template or STOCK_TEMPLATES[config["model_type"]]
         vocabulary = write_tokenizer(checkpoint, config, folder, name)

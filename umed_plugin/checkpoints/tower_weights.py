@@ -14,6 +14,7 @@ from umed_plugin.checkpoints.folder import TOWER, is_buffer, weight_files
 from umed_plugin.checkpoints.weight_shards import stored
 from umed_plugin.errors import UmedError
 
+_LAST_NORM = {"weight": 1.0, "bias": 0.0}  # as a normalisation begins
 _INSIDE = "vision_tower."  # LLaVA's tower holds transformers' one under this name
 _MODEL = "vision_model."
 
@@ -42,7 +43,14 @@ def whole_tower(trained: dict[str, Any], config: dict[str, Any], where: Any) -> 
             f"{where}: trained {unknown[0]!r} ({len(unknown)} in all), which the tower {name} does not have. Is mm_vision_tower "
             "of config.json the tower of the training?"
         )
-    return {key: trained[key] if key in trained else tensor.read() for key, tensor in original.items()}
+    tower = {key: trained[key] if key in trained else tensor.read() for key, tensor in original.items()}
+    # LLaVA does not use the last normalisation, so a tower may be trained without it. Its class has one all the same.
+    beginning = f"{TOWER}{_INSIDE}{_MODEL}"
+    for part, value in _LAST_NORM.items():
+        first = tower.get(f"{beginning}pre_layrnorm.{part}")
+        if first is not None:
+            tower.setdefault(f"{beginning}post_layernorm.{part}", first.new_full(first.shape, value))
+    return tower
 
 
 def tower_parts(tensors: dict[str, Any]) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from umed_plugin.checkpoints.folder import (
     is_buffer,
     is_hub_tower,
     is_plain_name,
+    left_out_own_tower,
     local_tower,
 )
-from umed_plugin.checkpoints.missing_tensors import lacking_in_tower
+from umed_plugin.checkpoints.missing_tensors import lacking_in_tower, missing_of_tower, tower_names
 from umed_plugin.checkpoints.pickles import read_pickle
 from umed_plugin.checkpoints.stored import BadFile, StoredTensor, read_safetensors
 from umed_plugin.checkpoints.tower_config import cached_tower
@@ -130,7 +131,7 @@ def _processor(processor: dict[str, Any], side: Any, mode: str | None, folder: P
 
 
 def _loaded(contents: Contents, checkpoint: Path, name: str) -> list[Finding]:
-    """Check the weight files of the tower that a checkpoint names, and that they lack no tensor of it."""
+    """Check the weight files of the tower that a checkpoint names, and that they lack no tensor that umed takes from them."""
     folder = tower_folder(checkpoint, name)
     faults = list(_files(contents, folder))
     # What the cache of the Hub lacks is downloaded.
@@ -138,12 +139,21 @@ def _loaded(contents: Contents, checkpoint: Path, name: str) -> list[Finding]:
     if folder is None or cached or faults:
         return faults
     try:
-        missing = lacking_in_tower(folder)
+        missing = lacking_in_tower(folder, _names_inside(contents))
     except UmedError as error:
         found = str(error).removeprefix(f"{folder}: ").rstrip(".")
     else:
         found = f"{len(missing)} tensors are missing ({missing[0]}, ...)" if missing else ""
     return [finding("tower-incomplete", found, str(folder))] if found else []
+
+
+def _names_inside(contents: Contents) -> list[str]:
+    """Names of the tower in the checkpoint, or in an adapter's base, that umed takes instead of the folder's."""
+    if contents.kind == FULL:
+        return tower_names(contents.weights)
+    if contents.base is None or left_out_own_tower(contents.config):
+        return []
+    return tower_names(contents.base.weights)
 
 
 def _files(contents: Contents, folder: Path | None) -> Iterator[Finding]:
@@ -201,28 +211,35 @@ def _inside(contents: Contents, name: str, folder: Path | None, compares: bool) 
             yield finding("tower-promised", f"{UNFREEZE} is true, but no tensor is named {TOWER}*", where, change)
         return
     loaded = None if folder is None else tower_weights(folder)
-    if not loaded:
+    if folder is None or not loaded:
         if not used:
             found = f"{len(own)} tower tensors in the checkpoint; {name} is not on this machine"
             yield finding("tower-not-compared", found, where, tower=name)
         return
-    odd = sorted(set(own) ^ set(loaded)) + [n for n in own if n in loaded and own[n].shape != loaded[n].shape]
+    both, shape = [name for name in own if name in loaded], read_object(folder / "config.json")
+    shape = shape.get("vision_config", shape)
+    # What the folder lacks is in the checkpoint, or has a finding of its own.
+    odd = sorted((set(own) ^ set(loaded)) - {*missing_of_tower(loaded, shape)}) + [
+        name for name in both if own[name].shape != loaded[name].shape
+    ]
     if odd:
         found = f"{len(odd)} tensors are missing, unknown or have another shape ({odd[0]}, ...)"
         yield finding("tower-misfit", found, str(contents.path))
         return
     if used or not compares:
         return
-    distance = compare(own, loaded)
-    if distance.differing:
+    distance = compare({name: own[name] for name in both}, loaded)
+    lacking = missing_of_tower(loaded, shape, whole=False)
+    if distance.differing or lacking:
         change = contents.configures(**{UNFREEZE: True})
-        yield finding("tower-ignored", f"{distance} ({folder})", where, change)
+        random = f"; {len(lacking)} are missing there ({lacking[0]}, ...)" if lacking else ""
+        yield finding("tower-ignored", f"{distance} ({folder}){random}", where, change)
     else:
         yield finding("tower-copy", f"{distance.tensors} tensors equal those in {folder}", where)
 
 
 def tower_weights(folder: Path) -> dict[str, StoredTensor]:
-    """The vision tensors of a CLIP folder; empty if it has no readable weights."""
+    """The vision tensors of a CLIP folder that its index names too, if it has one; empty if it has no readable weights."""
     first = next((name for name in WHOLE if (folder / name).is_file()), None)
     if first is None:
         return {}
@@ -236,6 +253,8 @@ def tower_weights(folder: Path) -> dict[str, StoredTensor]:
             tensors.update(read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file).tensors)
         except (BadFile, OSError):
             return {}
+    if tensors and first.endswith(".json"):
+        tensors = {name: tensors[name] for name in read_object(folder / first)["weight_map"] if name in tensors}
     return _bare({n: t for n, t in tensors.items() if not n.startswith(("text_", "visual_proj", "logit_scale"))})
 
 
