@@ -11,10 +11,12 @@ from support.annotation_files import ALL_IN_TRAIN, CSV, HEAD, MASK, boxes, put, 
 from support.drawn import BOX, scene, write_png16, write_recipe
 
 from umed_plugin.commands.upgrade.settings import Settings, write_settings
+from umed_plugin.data.annotations.finding import matching_files
 from umed_plugin.data.build import build_records
 from umed_plugin.data.leaks import evaluation_pictures
 from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.errors import UmedError
+from umed_plugin.faults import Faults
 
 pytestmark = pytest.mark.one_stack
 FOLDERS = "{reader: folders, files: .}"
@@ -175,3 +177,38 @@ def test_own_files_in_the_folder_of_a_run_are_read(tmp_path: Path) -> None:
     for stem in "ab":
         put(tmp_path / ".m" / f"{stem}.png", LESION)
     assert set(boxes(read(tmp_path, annotations))) == {"site_a/nod/a.png", "project/data/studies/nod/b.png"}
+
+
+@pytest.mark.parametrize("written", ["drawn/b.png.png", "train.pseudo_boxes.png", "demo/data/studies/c.png"])
+def test_class_folders_below_a_folder_named_images(tmp_path: Path, written: str) -> None:
+    """What umed wrote there is none of them: rendered pictures, a sheet and a demo."""
+    images = tmp_path / "images"
+    for name in ("nod/a.png", written):
+        put(images / name, PIXELS)
+    put(images / ".umed_checked.jsonl")
+    put(tmp_path / ".umed_checked.jsonl", '1 {"seen": ["images/drawn/b.png.png"]}\n')
+    if written.startswith("demo"):
+        put(images / "demo" / "data" / "studies" / "annotations.csv", HEAD)
+        for name in ("runs", "logs"):
+            (images / "demo" / name).mkdir()
+    found = read(tmp_path, "{reader: folders, files: images}", extra=PSEUDO)
+    assert [item.image.name for item in found.items] == ["a.png"] and found.faults.messages == []
+
+
+def test_a_runs_own_folder_is_no_folder_of_images(tmp_path: Path) -> None:
+    """Its picture has no label file, and would be a study without a lesion."""
+    put(tmp_path / "a" / "x.png", PIXELS)
+    put(tmp_path / "labels" / "x.txt", "0 0.5 0.5 0.2 0.2")
+    put(tmp_path / "demo" / "before_after.png", PIXELS)
+    put(tmp_path / "demo" / "data" / "studies" / "annotations.csv", HEAD)
+    for name in ("runs", "logs"):
+        (tmp_path / "demo" / name).mkdir()
+    found = read(tmp_path, "{reader: yolo, files: labels, image_root: '*', names: [nod]}")
+    assert [os.path.relpath(item.image, tmp_path) for item in found.items] == ["a/x.png"]
+
+
+def test_what_a_trial_wrote_is_no_annotation(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    put(tmp_path / "run" / "trial" / "decision.json", "{}")
+    put(tmp_path / "a.json", "{}")
+    assert matching_files(tmp_path, "**/*.json", Faults()) == [tmp_path / "a.json"]

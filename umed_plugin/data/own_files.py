@@ -18,8 +18,8 @@ _RENDERED_INTO = "images"
 _RUN_FILE, _RUN_FILE_SAYS = "run.yaml", b"umed upgrade"
 _DEMO_STUDIES, _DEMO_FOLDERS = "data/studies/annotations.csv", ("runs", "logs")
 # What lies in the folder of an upgrade or a demo. A file of another name there is somebody's own.
-_OF_A_RUN = {"data", "runs", "logs", "evaluation", "made", "checkpoint", "report.html", "summary.json"}
-_OF_A_RUN |= {"before_after.png"}
+_OF_A_RUN = {"data", "runs", "logs", "evaluation", "trial", "made", "checkpoint"}
+_OF_A_RUN |= {"report.html", "summary.json", "before_after.png"}
 _CHECK_PAGE, _CHECK_SHEETS = "check.html", ("sheet_", "augmented_")
 _PSEUDO_BOXES_SHEET = ".pseudo_boxes.png"
 
@@ -49,7 +49,8 @@ class OwnFiles:
         Where the folder of rendered pictures is named and holds nothing else, they are meant.
         """
         told = [(path, self.written_in(path)) for path in paths]
-        if self._start.name == _RENDERED_INTO and all(folder or path.is_dir() for path, folder in told):
+        built = self._start.parent
+        if self._start.name == _RENDERED_INTO and all(folder == built or path.is_dir() for path, folder in told):
             return [path for path, _ in told]
         self.left_out.update(folder for path, folder in told if folder is not None and path.is_file())
         return [path for path, folder in told if folder is None]
@@ -75,6 +76,12 @@ class OwnFiles:
         """The folder of the upgrade or demo that wrote a file or folder, if that run is below the start."""
         run = self._run_above(path.parent)
         return run if run is not None and path.relative_to(run).parts[0] in _OF_A_RUN else None
+
+    def is_run_alone(self, folder: Path) -> bool:
+        """Whether a folder below the start is that of an upgrade or a demo, with nothing of somebody's own in it."""
+        if self._run_above(folder) != folder:
+            return False
+        return all(path.name in _OF_A_RUN or path.name.startswith((".", _RUN_FILE)) for path in folder.iterdir())
 
     def _run_above(self, folder: Path) -> Optional[Path]:
         if folder not in self._runs:

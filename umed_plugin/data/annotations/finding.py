@@ -141,7 +141,8 @@ def matching_folders(root: Path, pattern: str) -> list[Path]:
         return [root / pattern]
     own = OwnFiles(named_part(root, pattern))
     found = [path for path in matches(root, pattern) if path.is_dir()]
-    return [path for path in found if own.run_of(path) is None] or found or [root / pattern]
+    meant = [path for path in found if own.run_of(path) is None and not own.is_run_alone(path)]
+    return meant or found or [root / pattern]
 
 
 def matches(root: Path, pattern: str) -> list[Path]:

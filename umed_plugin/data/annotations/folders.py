@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from pathlib import Path
@@ -76,21 +77,23 @@ def _images_below(
     endings = tuple(ending.lower() for ending in options.endings)
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     pictures = [folder / name for name in names if not (folder / name).is_dir() and name.lower().endswith(endings)]
-    beside = own.without(pictures)
+    classes = [name for name in names if (folder / name).is_dir()]
+    below = {name: _files_below(folder / name) for name in classes}
+    # All at once: rendered pictures are meant only where nothing else is there.
+    kept = set(own.without([*pictures, *itertools.chain(*below.values())]))
+    beside = [path for path in pictures if path in kept]
     if beside:
         faults.add(
             folder,
             f"{len(beside)} images lie beside the class folders and have no label, the first: {beside[0].name}. Move them into "
             "the folder of their class",
         )
-    classes = [name for name in names if (folder / name).is_dir()]
     if not classes:
         faults.add(folder, "holds no folder. Needed: one folder per class, with its images")
     others: Counter[str] = Counter()
     for name in classes:
-        before = own.count
-        images = _files_of(folder / name, endings, others, own)
-        if not images and own.count > before:
+        images = _images_of([path for path in below[name] if path in kept], endings, others)
+        if not images and not kept.issuperset(below[name]):
             continue  # a folder that umed has made
         if not images:
             faults.remark(folder / name, "holds no image, so its class has none")
@@ -103,14 +106,16 @@ def _images_below(
     return items
 
 
-def _files_of(folder: Path, endings: tuple[str, ...], others: Counter[str], own: OwnFiles) -> list[Path]:
-    """The images of a class folder and of the folders below it, sorted; other files are counted by their ending.
-
-    Links to folders are followed, as by the patterns of the other readers.
-    """
-    images: list[Path] = []
+def _files_below(folder: Path) -> list[Path]:
+    """The files of a class folder and of the folders below it. Links to folders are followed, as by other readers' patterns."""
     paths = [path for place in folders_below(folder) for path in place.iterdir() if not path.name.startswith(".")]
-    for path in own.without(path for path in paths if not path.is_dir()):
+    return [path for path in paths if not path.is_dir()]
+
+
+def _images_of(paths: list[Path], endings: tuple[str, ...], others: Counter[str]) -> list[Path]:
+    """The images among a class's files, sorted; other files are counted by their ending."""
+    images: list[Path] = []
+    for path in paths:
         if path.name.lower().endswith(endings):
             images.append(path)
         else:
