@@ -24,7 +24,7 @@ from umed_plugin.checkpoints.loading import load_checkpoint
 from umed_plugin.checkpoints.merging import merge
 from umed_plugin.checkpoints.to_llava import to_llava
 from umed_plugin.checkpoints.to_transformers import to_transformers
-from umed_plugin.checkpoints.tower_weights import whole_tower
+from umed_plugin.checkpoints.tower_weights import bare_tower_name, whole_tower
 from umed_plugin.checkpoints.trained_on import weights_digest
 from umed_plugin.checkpoints.writing import stock_name_fault
 from umed_plugin.cli import main
@@ -497,6 +497,18 @@ def test_a_tower_that_lacks_a_weight_is_not_loaded(tiny_mistral, tmp_path):
             UmedError, match=r"vision_tower: its weight files, or their index, lack '.*layers.0.mlp.fc1.weight'"
         ):
             do()
+
+
+@pytest.mark.parametrize("prefix", ["vision_model.", ""], ids=["usual", "transformers 5"])
+def test_a_whole_tower_is_made_of_a_folder_by_either_names(prefix, tiny_mistral, tmp_path):
+    """transformers 5 saves a tower without ``vision_model``. A whole CLIP has a text model beside it."""
+    tensors = {bare_tower_name(name): tensor for name, tensor in tensors_of(tiny_mistral / "vision_tower").items()}
+    saved = {prefix + name: tensor for name, tensor in tensors.items()}
+    save_file({**saved, "text_model.final_layer_norm.bias": torch.ones(1)}, tmp_path / "model.safetensors")
+    trained = {f"{TOWER}vision_tower.vision_model.pre_layrnorm.bias": torch.full((1,), 7.0)}
+    whole = whole_tower(trained, {"mm_vision_tower": str(tmp_path)}, tmp_path)
+    assert set(whole) == {f"{TOWER}vision_tower.vision_model.{name}" for name in tensors}
+    assert whole[next(iter(trained))].item() == 7
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from umed_plugin.errors import UmedError
 _LAST_NORM = {"weight": 1.0, "bias": 0.0}  # as a normalisation begins
 _INSIDE = "vision_tower."  # LLaVA's tower holds transformers' one under this name
 _MODEL = "vision_model."
+_PARTS = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")
 
 
 def whole_tower(trained: dict[str, Any], config: dict[str, Any], where: Any) -> dict[str, Any]:
@@ -32,10 +33,10 @@ def whole_tower(trained: dict[str, Any], config: dict[str, Any], where: Any) -> 
     """
     name = str(config.get("mm_vision_tower", config.get("vision_tower")))
     original = {
-        f"{TOWER}{_INSIDE}{key}": tensor
-        for file in weight_files(name, _MODEL)
+        f"{TOWER}{_INSIDE}{_MODEL}{bare_tower_name(key)}": tensor
+        for file in weight_files(name)
         for key, tensor in stored(file).items()
-        if key.startswith(_MODEL) and not is_buffer(key)
+        if bare_tower_name(key).startswith(_PARTS) and not is_buffer(key)  # a whole CLIP has a text model too
     }
     unknown = sorted(set(trained) - set(original))
     if unknown:
