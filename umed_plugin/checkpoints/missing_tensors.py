@@ -21,7 +21,7 @@ from umed_plugin.checkpoints.folder import (
     weight_files,
     weight_map,
 )
-from umed_plugin.checkpoints.tower_config import CLIP_SIZES
+from umed_plugin.checkpoints.tower_config import CLIP_SIZES, vision_part
 from umed_plugin.checkpoints.tower_weights import bare_tower_name
 from umed_plugin.checkpoints.weight_shards import stored
 from umed_plugin.errors import UmedError
@@ -94,8 +94,7 @@ def lacking_in_tower(folder: Path, inside: Collection[str] = (), *, whole: bool 
     """
     if not (folder / "config.json").is_file():
         raise UmedError(f"{folder}: has no config.json. Copy or download the vision tower's folder again.")
-    config = read_object(folder / "config.json")
-    shape = config.get("vision_config", config)
+    shape = vision_part(read_object(folder / "config.json"))
     lacking = missing_of_tower(names_in(folder), shape, whole=whole)
     return lacking if lacking and (not inside or missing_of_tower(inside, shape)) else []
 

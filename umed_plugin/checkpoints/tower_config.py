@@ -22,6 +22,11 @@ CLIP_SIZES = {
 }
 
 
+def vision_part(config: Mapping[str, Any]) -> Any:
+    """What a tower's ``config.json`` says of the vision model: a complete CLIP says it under ``vision_config``."""
+    return config.get("vision_config", config)
+
+
 def cached_tower(name: str, cache_dir: str | None = None) -> Path | None:
     """The folder of a tower in the cache of the Hugging Face Hub; None if it is not there. Nothing is downloaded.
 
@@ -60,7 +65,7 @@ def tower_sizes(name: str, cache_dir: str | None = None) -> dict[str, int] | Non
 
 
 def _sizes(config: Mapping[str, Any]) -> dict[str, int] | None:
-    tower = config.get("vision_config", config)  # of a complete CLIP model
+    tower = vision_part(config)
     if not isinstance(tower, Mapping):
         return None
     is_clip = config.get("model_type") in ("clip", "clip_vision_model")

@@ -22,7 +22,7 @@ from umed_plugin.checkpoints.folder import (
 from umed_plugin.checkpoints.missing_tensors import lacking_in_tower, missing_of_tower, tower_names
 from umed_plugin.checkpoints.pickles import read_pickle
 from umed_plugin.checkpoints.stored import BadFile, StoredTensor, read_safetensors
-from umed_plugin.checkpoints.tower_config import cached_tower
+from umed_plugin.checkpoints.tower_config import cached_tower, vision_part
 from umed_plugin.checkpoints.tower_weights import bare_tower_name
 from umed_plugin.commands.doctor.catalogue import finding
 from umed_plugin.commands.doctor.configuration import PROJECTOR, is_transformers_form
@@ -98,8 +98,7 @@ def _location(contents: Contents, name: str, folder: Path | None, where: str) ->
 
 
 def _sizes(contents: Contents, folder: Path) -> Iterator[Finding]:
-    shape = read_object(folder / "config.json")
-    shape = shape.get("vision_config", shape)  # for a complete CLIP model
+    shape = vision_part(read_object(folder / "config.json"))
     width, configured = shape.get("hidden_size"), contents.config.get("mm_hidden_size")
     stored = contents.weights if contents.kind == FULL else contents.others
     first = next((stored[PROJECTOR + n] for n in ("weight", "0.weight") if PROJECTOR + n in stored), None)
@@ -216,8 +215,7 @@ def _inside(contents: Contents, name: str, folder: Path | None, compares: bool) 
             found = f"{len(own)} tower tensors in the checkpoint; {name} is not on this machine"
             yield finding("tower-not-compared", found, where, tower=name)
         return
-    both, shape = [name for name in own if name in loaded], read_object(folder / "config.json")
-    shape = shape.get("vision_config", shape)
+    both, shape = [name for name in own if name in loaded], vision_part(read_object(folder / "config.json"))
     # What the folder lacks is in the checkpoint, or has a finding of its own.
     odd = sorted((set(own) ^ set(loaded)) - {*missing_of_tower(loaded, shape)}) + [
         name for name in both if own[name].shape != loaded[name].shape
