@@ -14,7 +14,7 @@ from umed_plugin.data.augmentation.texts import is_templated
 from umed_plugin.data.records import record_faults, record_geometry, true_boxes
 from umed_plugin.data.template_writer import region_of, write_conversation
 from umed_plugin.errors import UmedError
-from umed_plugin.grounding.boxes import iou_matrix, parse_boxes
+from umed_plugin.grounding.boxes import format_box, iou_matrix, parse_boxes
 from umed_plugin.grounding.square_move import kept_fraction
 
 MIRROR = {"flips": ["left_right"], "rotation": 0, "zoom": [1, 1], "shift": 0, "share": 1}
@@ -94,9 +94,48 @@ def test_boxes_in_questions_and_of_no_lesion_move_too() -> None:
     record = made([[20, 10, 50, 40]], MIRROR, text)
     record["conversations"][0]["value"] = "<image>\nIs [0.100, 0.250, 0.250, 0.400] a nodule?"
     study = next(study for study in epochs(record) if study.move.left_right)
-    # The lesion's box as it is, not the mirrored rounding of what was written.
-    assert parse_boxes(answer(study)) == [(0.4, 0.4, 0.6, 0.6), (0.75, 0.25, 0.9, 0.4)]
+    assert parse_boxes(answer(study)) == [(0.4, 0.4, 0.6, 0.6), (0.751, 0.252, 0.899, 0.401)]
     assert study.record["conversations"][0]["value"] == "<image>\nIs [0.750, 0.250, 0.900, 0.400] a nodule?"
+
+
+def test_a_written_box_stays_as_wrong_as_it_was() -> None:
+    """The label must not stand in for the box that a model sampled, or that a question draws too small."""
+    wrong = (0.08, 0.23, 0.23, 0.38)
+    record = made([[20, 10, 50, 40]], ALL, "There is a nodule at [0.08, 0.23, 0.23, 0.38].")
+    record["conversations"][0]["value"] = "<image>\nIs [0.10, 0.25, 0.22, 0.37] too small for the nodule?"
+    moved = [study for study in epochs(record) if study.move.resamples]
+    assert len(moved) > 40
+    for study in moved:
+        asked, answered = (parse_boxes(turn["value"])[0] for turn in study.record["conversations"])
+        for found, written in ((asked, (0.1, 0.25, 0.22, 0.37)), (answered, wrong)):
+            expected = [min(max(value, 0), 1) for value in study.move.boxes([written])[0]]
+            assert found == pytest.approx(expected, abs=0.00501)
+        (true,) = record_geometry(record).to_square(true_boxes(study.record))
+        assert iou_matrix([answered], [true])[0, 0] < 0.75
+
+
+def test_a_rounded_box_of_a_lesion_is_written_again_from_the_lesion() -> None:
+    """Its rounding is not zoomed along. Of two lesions it is the nearer one's; a thin one is written one step wide."""
+    boxes = [[20.9, 10.9, 50.9, 40.9], [21.5, 10.9, 51.5, 40.9], [90.1, 20, 90.9, 60]]
+    record = made(boxes, {"zoom": [1, 3], "rotation": 0, "shift": 0, "share": 1})
+    written = [format_box(box) for box in record_geometry(record).to_square(boxes)]
+    record["conversations"][1]["value"] = f"At {written[1]}, {written[0]} and {written[2]}."
+    assert written[0] != written[1] and not is_templated(record)
+    moved = [study for study in epochs(record) if study.move.resamples]
+    assert max(study.move.zoom for study in moved) > 1.15
+    found = [map(format_box, record_geometry(record).to_square(true_boxes(study.record))) for study in moved]
+    expected = [f"At {second}, {first} and {thin}." for first, second, thin in found]
+    # The record's own boxes are rounded to a thousandth of a pixel, which may tip a tie.
+    assert sum(answer(study) != text for study, text in zip(moved, expected)) <= 1
+
+
+def test_a_box_of_no_lesion_stays_in_the_part_that_words_name() -> None:
+    text = "A nodule in the upper left at [0.20, 0.25, 0.40, 0.40]."
+    record = made([[10, 10, 40, 40]], {"rotation": 20, "zoom": [0.7, 1.5], "shift": 0.2, "share": 1}, text)
+    boxes = [box for study in epochs(record, 100) for box in parse_boxes(answer(study))]
+    assert len(set(boxes)) > 30
+    # Its two decimals are rounded after that.
+    assert max(max(x1 + x2, y1 + y2) / 2 for x1, y1, x2, y2 in boxes) < 1 / 3 + 0.006
 
 
 def test_where_words_say_a_place_a_lesion_stays_in_its_part() -> None:

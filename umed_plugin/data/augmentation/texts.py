@@ -2,8 +2,11 @@
 
 An answer of the template writer is written again from the moved boxes, with the same wording. In any other text, such as a
 question of ``looks``, boxes are moved where they stand, and words of side are mirrored. Rotation, zoom and shift change no word
-there. They are taken only if every lesion stays in its part of the image (the same third and the same half, across and down), or
-no word says where in the image something lies.
+there. They are taken only if every box stays in its part of the image (the same third and the same half, across and down), or no
+word says where in the image something lies.
+
+A written box is moved as it stands, right or wrong: the answer of a model must not learn the label. Only one that is a lesion's
+own, rounded, is written again from the lesion's.
 """
 
 from __future__ import annotations
@@ -18,14 +21,15 @@ from umed_plugin.data.records import Record, record_geometry, true_boxes
 from umed_plugin.data.template_writer import write_conversation
 from umed_plugin.errors import UmedError
 from umed_plugin.files import text_bytes
-from umed_plugin.grounding.boxes import Box, format_box, iou_matrix, is_degenerate, rewrite_boxes
+from umed_plugin.grounding.boxes import Box, format_box, is_degenerate, rewrite_boxes, round_box
 from umed_plugin.grounding.side_words import mirrored_text, names_place, names_side
 from umed_plugin.grounding.square_move import SquareMove, clipped
 from umed_plugin.grounding.terms import replace_terms
 
 Turns = list[dict[str, Any]]
 _FLIPS = ("left_right", "up_down")
-_SAME_BOX = 0.5  # IoU of a written box with a true one, above which they are the same lesion's
+# A half step of the last decimal, and a hair: boxes of a file are rounded too.
+_ROUNDING = 0.51
 _DECIMALS = (2, 3)
 _TEXTS = ("asked", "phrase")  # texts of a record beside its turns, which repeat them
 # "Left" may mean a half or a third of the image.
@@ -81,18 +85,55 @@ def moved_record(record: Record, move: SquareMove, templated: bool) -> Optional[
             moved[name] = mirrored_text(record[name], flips)
     if any(moved[name] is None for name in _TEXTS if name in moved):
         return None
-    if move.resamples and not _stay_in_place(before, after, move) and _says_where(record, templated):
+    boxes = _Boxes(move, before, after)
+    turns = _written(moved) if templated else _moved_turns(record, flips, boxes)
+    if turns is None or (move.resamples and not boxes.stay_in_place() and _says_where(record, templated)):
         return None
-    turns = _written(moved) if templated else _moved_turns(record, move, flips, before, after)
-    return None if turns is None else {**moved, "conversations": turns}
+    return {**moved, "conversations": turns}
 
 
-def _moved_turns(
-    record: Record, move: SquareMove, flips: Sequence[str], before: Sequence[Box], after: Sequence[Box]
-) -> Optional[Turns]:
+class _Boxes:
+    """Boxes before and after a movement: those of the lesions, and those of the text as they are met there."""
+
+    def __init__(self, move: SquareMove, before: Sequence[Box], after: Sequence[Box]) -> None:
+        self._move = move
+        self._lesions = list(zip(before, after))
+        self._others: list[tuple[Box, Box]] = []
+
+    def moved(self, written: Box, decimals: int) -> Optional[Box]:
+        """The written box after the movement, clipped; None if it leaves the square.
+
+        Of one that is a lesion's own it is the lesion's: its rounding is not moved along.
+        """
+        own = [pair for pair in self._lesions if _is_rounded(written, pair[0], decimals)]
+        if own:
+            return min(own, key=lambda pair: _distance(written, pair[0]))[1]
+        after = clipped(self._move.boxes([written])[0])
+        if is_degenerate(after):
+            return None
+        self._others.append((written, after))
+        return after
+
+    def stay_in_place(self) -> bool:
+        """Whether each box is in the part of the square where the mirroring alone puts it."""
+        flips = (self._move.left_right, self._move.up_down)
+        return all(_part(old, *flips) == _part(new) for old, new in self._lesions + self._others)
+
+
+def _is_rounded(written: Box, box: Box, decimals: int) -> bool:
+    """Whether `written` is the box with so many decimals; of a small one, `round_box` sets equal edges a step apart."""
+    return _distance(written, box) <= _ROUNDING / 10**decimals or written == round_box(box, decimals)
+
+
+def _distance(first: Box, second: Box) -> float:
+    """The largest of their coordinates' distances."""
+    return max(abs(a - b) for a, b in zip(first, second))
+
+
+def _moved_turns(record: Record, flips: Sequence[str], boxes: _Boxes) -> Optional[Turns]:
     turns = []
     for turn in record["conversations"]:
-        text = _with_moved_boxes(turn["value"], move, before, after)
+        text = _with_moved_boxes(turn["value"], boxes)
         text = None if text is None else mirrored_text(text, flips)
         if text is None:
             return None
@@ -106,11 +147,6 @@ def _says_where(record: Record, templated: bool) -> bool:
     return any(names_place(replace_terms(text, record["terms"], "x")) for text in texts)
 
 
-def _stay_in_place(before: Sequence[Box], after: Sequence[Box], move: SquareMove) -> bool:
-    """Whether each box is in the part of the square where the mirroring alone puts it."""
-    return all(_part(old, move.left_right, move.up_down) == _part(new) for old, new in zip(before, after))
-
-
 def _part(box: Box, left_right: bool = False, up_down: bool = False) -> tuple[int, int]:
     """Column and row of a box's centre between the borders of thirds and halves; those of the mirrored part where said.
 
@@ -122,7 +158,7 @@ def _part(box: Box, left_right: bool = False, up_down: bool = False) -> tuple[in
     return (last - across if left_right else across), (last - down if up_down else down)
 
 
-def _with_moved_boxes(text: str, move: SquareMove, before: Sequence[Box], after: Sequence[Box]) -> Optional[str]:
+def _with_moved_boxes(text: str, boxes: _Boxes) -> Optional[str]:
     """The text with its boxes moved; None if they are not written as `format_box` does, or one leaves the square."""
     usual = [decimals for decimals in _DECIMALS if rewrite_boxes(text, partial(_plainly, decimals)) == text]
     if not usual:
@@ -131,7 +167,7 @@ def _with_moved_boxes(text: str, move: SquareMove, before: Sequence[Box], after:
 
     def written(box: Box) -> str:
         nonlocal left
-        moved = _moved_box(box, move, before, after)
+        moved = boxes.moved(box, usual[0])
         left = left or moved is None
         return "" if moved is None else format_box(moved, usual[0])
 
@@ -141,13 +177,3 @@ def _with_moved_boxes(text: str, move: SquareMove, before: Sequence[Box], after:
 
 def _plainly(decimals: int, box: Box) -> str:
     return "" if is_degenerate(box) else format_box(box, decimals)
-
-
-def _moved_box(box: Box, move: SquareMove, before: Sequence[Box], after: Sequence[Box]) -> Optional[Box]:
-    """Of a written box that is a lesion's the lesion's own after the movement: its rounding is not moved along."""
-    if before:
-        overlaps = iou_matrix([box], before)[0]
-        if overlaps.max() >= _SAME_BOX:
-            return after[int(overlaps.argmax())]
-    moved = clipped(move.boxes([box])[0])
-    return None if is_degenerate(moved) else moved
