@@ -10,6 +10,7 @@ from PIL import Image
 from support.probing import studies
 
 from umed_plugin.data import similar
+from umed_plugin.data.augmentation.study import augmented_study
 from umed_plugin.data.augmentation.texts import is_templated
 from umed_plugin.data.leaks import thumbprint
 from umed_plugin.data.records import record_geometry
@@ -88,6 +89,26 @@ def test_an_augmented_study_keeps_what_is_said():
     record["provenance"]["seed"] = 0
     record["conversations"] = write_conversation(record, record_geometry(record), random.Random(f"0:{record['id']}"))
     assert is_templated(record) and is_templated(with_similar(record, sentence(["cyst"])))
+
+
+def test_other_studies_diagnoses_are_not_mirrored_with_the_image():
+    """Nor do their words say where this study's lesions lie, or stop its movements."""
+    rule = {"flips": ["left_right"], "rotation": 10, "zoom": [0.8, 1.5], "shift": 0.2, "share": 1}
+    record = {**studies(1, seed=3, negatives=0)[0], "augment": rule}
+    turns = [{"from": "human", "value": "<image>\nOn the left?"}, {"from": "gpt", "value": "Yes."}]
+    for diagnosis in ("left atrial enlargement", "RML nodule", "a cyst at [0.1, 0.2, 0.3, 0.4]"):
+        said = sentence([diagnosis, NOTHING])
+        for asked, mirrored in (("On the left?", "On the right?"), ("What is it?", "What is it?")):
+            turns[0]["value"] = f"<image>\n{asked}"
+            plain = {**record, "conversations": turns}
+            mirrorings = 0
+            for epoch in range(12):
+                alone, beside = (augmented_study(one, 0, epoch) for one in (plain, with_similar(plain, said)))
+                assert alone.move == beside.move
+                question = beside.record["conversations"][0]["value"]
+                assert question == f"<image>\n{said}{mirrored if beside.move.mirrors else asked}"
+                mirrorings += beside.move.mirrors
+            assert mirrorings > 3
 
 
 @pytest.fixture

@@ -40,7 +40,17 @@ def can_mirror(record: Record, flip: str) -> bool:
     """Whether the record's text, class names included, has a form for the mirrored image."""
     if any(names_side(name, flip) for names in record["terms"].values() for name in names):
         return False
-    return all(mirrored_text(turn["value"], [flip]) is not None for turn in record["conversations"])
+    return all(mirrored_text(text, [flip]) is not None for text in _own_texts(record))
+
+
+def _own_texts(record: Record) -> list[str]:
+    return [part for turn in record["conversations"] for part in _own_parts(record, turn["value"])]
+
+
+def _own_parts(record: Record, text: str) -> list[str]:
+    """A turn's text, in two parts around what `similar` says in it: that is about other studies, which do not move."""
+    similar = record.get("similar")
+    return text.split(similar, 1) if similar else [text]
 
 
 def is_templated(record: Record) -> bool:
@@ -133,17 +143,20 @@ def _distance(first: Box, second: Box) -> float:
 def _moved_turns(record: Record, flips: Sequence[str], boxes: _Boxes) -> Optional[Turns]:
     turns = []
     for turn in record["conversations"]:
-        text = _with_moved_boxes(turn["value"], boxes)
-        text = None if text is None else mirrored_text(text, flips)
-        if text is None:
-            return None
-        turns.append({**turn, "value": text})
+        parts = []
+        for part in _own_parts(record, turn["value"]):
+            text = _with_moved_boxes(part, boxes)
+            text = None if text is None else mirrored_text(text, flips)
+            if text is None:
+                return None
+            parts.append(text)
+        turns.append({**turn, "value": record.get("similar", "").join(parts)})
     return turns
 
 
 def _says_where(record: Record, templated: bool) -> bool:
     """Whether a text that is not written again says where something lies: of the template writer's turns, only ``asked``."""
-    texts = [record.get("asked", "")] if templated else [turn["value"] for turn in record["conversations"]]
+    texts = [record.get("asked", "")] if templated else _own_texts(record)
     return any(names_place(replace_terms(text, record["terms"], "x")) for text in texts)
 
 
