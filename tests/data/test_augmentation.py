@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from umed_plugin.data.augment_rule import AugmentRule, augment_rule_of
-from umed_plugin.data.augmentation.study import LEAST_KEPT, Study, augmented_study, move_of
+from umed_plugin.data.augmentation.study import LEAST_KEPT, UNMOVED, Study, augmented_study, move_of
 from umed_plugin.data.augmentation.texts import is_templated
 from umed_plugin.data.records import record_faults, record_geometry, true_boxes
 from umed_plugin.data.template_writer import region_of, write_conversation
@@ -195,6 +195,31 @@ def test_boxes_in_another_form_are_left_where_they_are() -> None:
     record = made([[20, 10, 50, 40]], ALL, "<box>(100,250),(250,400)</box> is a nodule.")
     assert all(study.record is record or study.record == record for study in epochs(record, 20))
     assert any(study.grey.gamma != 1 for study in epochs(record, 20)), "grey levels change all the same"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A nodule, bbox: 0.10 0.25 0.25 0.40.",
+        "A nodule: <bin_10><bin_25>.",
+        "[0.10, 0.25, 0.25, 0.40], centre (0.18, 0.33).",
+    ],
+)
+def test_a_study_with_coordinates_in_no_box_is_not_moved(text: str) -> None:
+    """They would stay while the picture moves. A size is none."""
+    assert not any(study.move != UNMOVED for study in epochs(made([[20, 10, 50, 40]], ALL, text)))
+    asked = made([[20, 10, 50, 40]], ALL, asked=f"Do you agree? {text}")
+    assert is_templated(asked) and not any(study.move != UNMOVED for study in epochs(asked, 20))
+    size = "A nodule at [0.10, 0.25, 0.25, 0.40], of 0.5 x 0.7 cm."
+    assert any(study.move != UNMOVED for study in epochs(made([[20, 10, 50, 40]], ALL, size), 20))
+
+
+def test_a_question_that_stays_holds_no_box() -> None:
+    asked = made([[20, 10, 50, 40]], ALL, asked="What is at [0.10, 0.25, 0.25, 0.40]?")
+    assert is_templated(asked) and not any(study.move != UNMOVED for study in epochs(asked, 20))
+    text = "At [0.10, 0.25, 0.25, 0.40]."
+    phrase = made([[20, 10, 50, 40]], ALL, text, answer_type="phrase", phrase=f"Nodule {text}")
+    assert not any(study.move != UNMOVED for study in epochs(phrase, 20))
 
 
 def test_no_source_is_mirrored_unless_its_recipe_says_so() -> None:

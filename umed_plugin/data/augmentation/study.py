@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from umed_plugin.data.augment_rule import AugmentRule, augment_rule_of
-from umed_plugin.data.augmentation.texts import can_mirror, is_templated, moved_record
+from umed_plugin.data.augmentation.texts import can_mirror, has_fixed_places, is_templated, moved_record
 from umed_plugin.data.records import Record, record_faults, record_geometry, true_boxes
 from umed_plugin.files import text_bytes
 from umed_plugin.grounding.answer_types import asks_for_boxes
@@ -112,6 +112,8 @@ def augmented_study(record: Record, seed: int, epoch: int, name: str | None = No
 def _moved(record: Record, rule: AugmentRule, rng: random.Random, mirrored: SquareMove) -> Study:
     """The record after the first movement drawn that keeps its lesions and its text true; else only mirrored, or as it is."""
     templated = is_templated(record)
+    if has_fixed_places(record, templated):
+        return Study(record)
     before = record_geometry(record).to_square(true_boxes(record))
     for _ in range(TRIES):
         move = _draw_move(rule, rng, mirrored)

@@ -21,7 +21,8 @@ from umed_plugin.data.records import Record, record_geometry, true_boxes
 from umed_plugin.data.template_writer import write_conversation
 from umed_plugin.errors import UmedError
 from umed_plugin.files import text_bytes
-from umed_plugin.grounding.boxes import Box, format_box, is_degenerate, rewrite_boxes, round_box
+from umed_plugin.grounding.boxes import Box, find_boxes, format_box, is_degenerate, rewrite_boxes, round_box
+from umed_plugin.grounding.loose_coordinates import has_loose_coordinates
 from umed_plugin.grounding.side_words import mirrored_text, names_place, names_side
 from umed_plugin.grounding.square_move import SquareMove, clipped
 from umed_plugin.grounding.terms import replace_terms
@@ -68,11 +69,27 @@ def _written(record: Record) -> Turns:
     return write_conversation(record, record_geometry(record), rng, source["box_decimals"])
 
 
+def has_fixed_places(record: Record, templated: bool) -> bool:
+    """Whether a text says where something lies in a form that is not moved. Such a record follows no movement.
+
+    Args:
+        record: a valid one.
+        templated: from `is_templated`. The turns are then written again, all but ``asked``.
+    """
+    kept = [record[name] for name in _TEXTS if name in record]
+    moved = [] if templated else _own_texts(record)
+    return (
+        any(map(find_boxes, kept))
+        or any(_decimals_of(text) is None for text in moved)
+        or has_loose_coordinates([*kept, *moved])
+    )
+
+
 def moved_record(record: Record, move: SquareMove, templated: bool) -> Optional[Record]:
     """The record after the movement, or None if its text cannot follow.
 
     Args:
-        record: a valid one, whose text `can_mirror` as the movement does.
+        record: a valid one without `has_fixed_places`, whose text `can_mirror` as the movement does.
         move: of the square.
         templated: from `is_templated`.
     """
@@ -173,19 +190,25 @@ def _part(box: Box, left_right: bool = False, up_down: bool = False) -> tuple[in
 
 def _with_moved_boxes(text: str, boxes: _Boxes) -> Optional[str]:
     """The text with its boxes moved; None if they are not written as `format_box` does, or one leaves the square."""
-    usual = [decimals for decimals in _DECIMALS if rewrite_boxes(text, partial(_plainly, decimals)) == text]
-    if not usual:
+    decimals = _decimals_of(text)
+    if decimals is None:
         return None
     left = False
 
     def written(box: Box) -> str:
         nonlocal left
-        moved = boxes.moved(box, usual[0])
+        moved = boxes.moved(box, decimals)
         left = left or moved is None
-        return "" if moved is None else format_box(moved, usual[0])
+        return "" if moved is None else format_box(moved, decimals)
 
     moved_text = rewrite_boxes(text, written)
     return None if left else moved_text
+
+
+def _decimals_of(text: str) -> Optional[int]:
+    """With how many decimals `format_box` writes each box of the text; None if it writes one in another way."""
+    usual = (decimals for decimals in _DECIMALS if rewrite_boxes(text, partial(_plainly, decimals)) == text)
+    return next(usual, None)
 
 
 def _plainly(decimals: int, box: Box) -> str:
