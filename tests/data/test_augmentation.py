@@ -145,6 +145,10 @@ def test_where_words_say_a_place_a_lesion_stays_in_its_part() -> None:
     regions = {region_of(box) for study in studies for box in parse_boxes(answer(study))}
     assert regions == {"upper left"} and sum(study.move.resamples for study in studies) > 50
     assert all("in the upper left" in answer(study) for study in studies)
+    # Also where mirroring does not know the words.
+    for place in ("oben links", "RUL", "at 11 o'clock", "high in the image", "in the north-west"):
+        far = epochs(made([[20, 10, 50, 40]], moving, f"A nodule, {place}, at [0.10, 0.25, 0.25, 0.40]."), 40)
+        assert {region_of(box) for study in far for box in parse_boxes(answer(study))} == {"upper left"}
     # A lesion of the middle third is in the left or in the right half.
     halves = epochs(made([[85, 45, 105, 65]], moving, "A nodule in the left half at [0.42, 0.43, 0.53, 0.53]."), 100)
     middles = [sum(box[::2]) / 2 for study in halves for box in parse_boxes(answer(study))]

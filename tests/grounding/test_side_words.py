@@ -183,3 +183,59 @@ def test_which_texts_name_a_side_or_a_place() -> None:
         and names_place("\u0441\u043b\u0435\u0432\u0430")
         and not names_place("A cyst at [0.1, 0.2, 0.3, 0.4].")
     )
+
+
+ACROSS = [
+    "in the west part",
+    "northeast",
+    "the south-western corner",
+    "column A",
+    "the 2nd column",
+    "the first quadrant",
+]
+DOWN = [
+    "northern",
+    "northeast",
+    "up",
+    "further down",
+    "high in the image",
+    "it lies low",
+    "very high",
+    "high or low?",
+    "Low.",
+]
+DOWN += ["a high-riding one", "the ceiling", "atop", "row 2", "the 3rd row", "the first quadrant"]
+
+
+def test_words_of_place_that_no_mirroring_turns() -> None:
+    assert [text for text in ACROSS if mirrored_text(text, ["left_right"]) is not None] == []
+    assert [text for text in DOWN if mirrored_text(text, ["up_down"]) is not None] == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(*ACROSS, *DOWN, "upward", "downwards", "along both edges", "in the corners", "peripheral", "halfway"),
+        "in the outer part",
+        # What mirroring is unsure of.
+        *("links oben", "Lado izquierdo", "en haut \u00e0 gauche", "3-o'clock axis", "at 3 o\u2019clock", "10:00 position"),
+        *("RUL", "L-sided effusion", "Rt. kidney", "dexter lobe", "superior", "under the clavicle", "3\u70b9\u949f", "Side: R"),
+        *("mittig", "am Rand", "au milieu", "in het midden", "en el centro", "\u53f3\u4e0a\u89d2", "\u8fb9\u7f18"),
+    ],
+)  # fmt: skip
+def test_words_of_place(text: str) -> None:
+    assert names_place(text) and names_place(f"A cyst, {text}, at [0.1, 0.2, 0.3, 0.4].")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("Is there anything abnormal?", "A follow-up in 3 weeks.", "The work-up", "up to 5 mm", "up-to-date", "Down syndrome"),
+        *("Down's syndrome", "West syndrome", "a Western blot", "a high-grade glioma", "low density", "high signal on T2"),
+        *("It lies in low density", "high in signal", "Is it a cyst or a nodule?", "L4 and T12 are intact.", "in 3 positions"),
+        "The dx is glioma",
+    ],
+)  # fmt: skip
+def test_no_words_of_place(text: str) -> None:
+    assert not names_place(text)
+    assert mirrored_text(text, ["left_right", "up_down"]) == text

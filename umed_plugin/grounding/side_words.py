@@ -97,6 +97,21 @@ _OTHER_SCRIPT = re.compile(
     "(?![0-9:\uff1a\u4ee5\u524d\u540e\u5f8c\u95f4\u9593\u534a\u5206\u523b\u9803\u671f\u591a]|\u5de6\u53f3)"
     "|[\u0370-\u1dff\ua000-\ud7ff\ufb1d-\ufdff\ufe70-\ufefc]{2}"
 )
+# Points of the compass, and "up" or "high" as a place: "follow-up", "up to 5 mm" and "high in signal" are none.
+_NO_COMPASS = r"(?!\s+(?:syndrome|nile|blot))"
+_ACROSS = rf"(?:(?:north|south)[\s-]?)?(?:east|west)(?:ern|erly|wards?)?{_NO_COMPASS}"
+_DOWN = (
+    r"(?:north|south)(?:ern|erly|wards?)?",
+    rf"(?:north|south)[\s-]?(?:east|west)(?:ern|erly|wards?)?{_NO_COMPASS}",
+    r"(?<!follow[\s-])(?<!(?:work|made|come|take)[\s-])(?<!(?:close|build|check|takes|comes)[\s-])(?<!set[\s-])up(?![\s-]{1,2}to\b)",
+    r"down(?!(?:['\u2019]?s)?\s+syndrome)",
+    r"(?:high|low)\s+(?:up|down|(?:in|on|within)(?!\s+(?:signal|density|attenuation|intensity|contrast|protein|fat|grade|risk)))",
+    r"(?:l(?:ie|y|ay)(?:s|ing)?|located|situated|positioned|placed|sits?|sitting)\s+(?:\w+\s+)?(?:high|low)"
+    r"(?!\s+(?:\w+\s+)?(?:signal|density|attenuation|intensity))",
+    r"(?:high|low)(?=\s*(?:[.,;:!?)]|$|or\s+(?:high|low)))|(?:high|low)-(?:lying|riding)",
+    r"atop|overhead|ceiling|(?:head|foot|feet)wards?",
+)
+_GRID = r"(?:first|second|third|fourth|last|[1-4](?:st|nd|rd|th))\s+(?:{0}|quadrant)|{0}\s+(?:[a-z]|\d+)"  # of "row", "column"
 # Sides in a form that is not turned: abbreviations, positions on a clock, other languages. And words that may be no side: "left"
 # as a verb ("the stent was left.", "surgery left a scar", but "on the left a scar"), "right" for emphasis ("right next to it"),
 # "lower" as a verb, "below" a number.
@@ -133,6 +148,8 @@ _UNSURE = {
                 *(r"(?:patients?|he|she|they|who)\s+(?:ha[sd]\s+)?left", r"what\s+(?:is|was|remains)\s+left"),
                 r"(?:nothing|none|little|much|anything|something)\s+left",
                 rf"{_BE}\s+left\s+(?:in(?!\s+(?:place|situ))|on|to|for|by|there|inside|within|with|without|{_UNTOUCHED})",
+                _ACROSS,
+                _GRID.format("column"),
                 rf"(?!{_NO_VERB}\s)[a-z]+\s+left\s+(?:an?|the|its|no)",
                 rf"{_BE}\s+(?:left|right)(?=\s*(?:[.,;:!?)]|$))",
                 r"(?<!the\s)right\s+(?:next|below|above|behind|beneath|beside|under|at|in|on|here|there|where|through|into)",
@@ -173,6 +190,8 @@ _UNSURE = {
                     r"(?:upper|lower)\s+limits?(?!\s+of\s+normal)",
                     rf"(?:to|will|may|can|could|would|should)\s+lower\s+{_OBJECT}",
                     r"(?:above|below)\s+(?:\d+|normal|average|(?:the\s+)?(?:threshold|limits?|average))",
+                    *_DOWN,
+                    _GRID.format("row"),
                     # Other languages.
                     r"(?:obe|unte)(?:n|re[nrsm]?)",
                     r"arriba|abajo|(?:superior|inferior)(?:es|e)?",
@@ -187,9 +206,16 @@ _UNSURE = {
         _OTHER_SCRIPT,
     ),
 }
+# Words of place of which a mirroring changes none, or turns them with certainty.
 _ANY_SIDE = re.compile(
-    rf"{_BEGIN}(?:left|right|upper(?:most)?|lower(?:most)?|top|bottom|above|below|cent(?:re|er|ral|rally)|middle|corner|edge"
-    rf"|border|margin|quadrant|half|third)(?:-?(?:handed|hand|sided|side|most|wards?))?{_END}|[\u5de6\u53f3\u4e0a\u4e0b\u4e2d]",
+    rf"{_BEGIN}(?:left|right|upper(?:most)?|lower(?:most)?|top|bottom|above|below|upwards?|downwards?|(?:cent(?:re|er)|middle|corner|edge"
+    r"|border|margin|quadrant|quarter|third|side)s?|cent(?:red|ered|ral|rally)|mid(?:line|way|point)?|half(?:way)?|halves|peripher(?:y|al(?:ly)?)"
+    r"|(?:out|inn)er(?:most)?|rows?|(?<!spinal\s)(?<!vertebral\s)columns?"
+    # German, Dutch, French, Spanish, Italian, Portuguese.
+    r"|mitt(?:e|ig\w*)|zentral\w*|rand|r\u00e4nder\w*|ecken?|midden|hoek|milieu|le\s+coin|bords?|central[eo]s?|centro|medio|esquina|bordes?"
+    r"|angolo|bordo|mezzo|canto|meio|nord\w*|s[\u00fcu]d(?:en|lich\w*|ouest|est|oeste|este)?|o[uv]?est|oeste|osten|westen"
+    rf")(?:-?(?:handed|hand|sided|side|most|wards?))?{_END}"
+    "|[\u5de6\u53f3\u4e0a\u4e0b\u4e2d\u9876\u9802\u5e95\u89d2\u7f18\u7de3\u8fb9\u908a\u9685\u7aef]",
     re.I,
 )
 
@@ -221,8 +247,12 @@ def names_side(text: str, flip: str) -> bool:
 
 
 def names_place(text: str) -> bool:
-    """Whether the text says where in the image something lies, in words, or may do so in a script that is not known here."""
-    return _ANY_SIDE.search(text) is not None or _OTHER_SCRIPT.search(text) is not None
+    """Whether the text says where in the image something lies, in words, or may do so in a form or script that is not known here.
+
+    Every side that `mirrored_text` turns or is unsure of is such a word: "RUL", "links oben", "at 3 o'clock".
+    """
+    unsure = (pattern for patterns in _UNSURE.values() for pattern in patterns)
+    return any(pattern.search(text) for pattern in (_ANY_SIDE, *unsure))
 
 
 def _swapped(text: str, flip: str) -> str:
