@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from umed_plugin.data.augment_rule import AugmentRule, augment_rule_of
-from umed_plugin.data.augmentation.study import LEAST_KEPT, UNMOVED, Study, augmented_study, move_of
+from umed_plugin.data.augmentation.study import LEAST_KEPT, UNMOVED, Study, augmented_study
 from umed_plugin.data.augmentation.texts import is_templated
 from umed_plugin.data.records import record_faults, record_geometry, true_boxes
 from umed_plugin.data.template_writer import region_of, write_conversation
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.boxes import format_box, iou_matrix, parse_boxes
-from umed_plugin.grounding.square_move import kept_fraction
+from umed_plugin.grounding.square_move import kept_fraction, move_of
 
 MIRROR = {"flips": ["left_right"], "rotation": 0, "zoom": [1, 1], "shift": 0, "share": 1}
 ALL = {"flips": ["left_right", "up_down"], "rotation": 15, "zoom": [0.8, 1.6], "share": 1}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
-from umed_plugin.grounding.square_move import SquareMove, clipped, kept_fraction
+from umed_plugin.grounding.boxes import Box
+from umed_plugin.grounding.geometry import ImageGeometry
+from umed_plugin.grounding.square_move import SquareMove, clipped, image_in_square, kept_fraction
 
 BOXES = [(0.125, 0.25, 0.375, 0.875), (0.5, 0.0, 1.0, 0.25)]
 
@@ -41,6 +44,25 @@ def test_what_is_left_of_a_box_in_the_square() -> None:
     assert kept_fraction((-0.2, -0.2, 0.2, 0.2)) == pytest.approx(0.25)
     assert kept_fraction((1.1, 0.2, 1.3, 0.4)) == 0 == kept_fraction((0.3, 0.2, 0.3, 0.4))
     assert clipped((-0.1, 0.2, 0.3, 1.4)) == (0.0, 0.2, 0.3, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("moved", "expected"),
+    [
+        ({"left_right": True, "up_down": True, "shift": [0.0, 0.0]}, (0.0, 0.25, 1.0, 0.75)),
+        ({"zoom": 0.5, "shift": [0.125, -0.25]}, (0.375, 0.125, 0.875, 0.375)),
+        ({"zoom": 2.0, "shift": [0.0, 0.25]}, (0.0, 0.25, 1.0, 1.0)),
+        ({"angle": 90.0, "shift": [0.0, 0.0]}, (0.25, 0.0, 0.75, 1.0)),
+        # Its corners, not those of the ellipse that fills it, and within the square.
+        ({"angle": 30.0, "zoom": 0.5, "shift": [0.0, 0.0]}, (0.2209936, 0.2667468, 0.7790064, 0.7332532)),
+        ({"angle": 45.0, "shift": [0.0, 0.0]}, (0.0, 0.0, 1.0, 1.0)),
+        ("by hand", (0.0, 0.25, 1.0, 0.75)),  # somebody's own key
+    ],
+)
+def test_the_image_moves_in_the_square(moved: Any, expected: Box) -> None:
+    wide = ImageGeometry(200, 100)
+    assert image_in_square({}, wide) == (0.0, 0.25, 1.0, 0.75)
+    assert image_in_square({"augmented": moved}, wide) == pytest.approx(expected)
 
 
 @pytest.mark.llava

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 import pytest
 
 from umed_plugin.data import template_writer
+from umed_plugin.data.augmentation.study import augmented_study
 from umed_plugin.data.recipes.recipe import load_recipe, shipped_recipes
 from umed_plugin.data.templates import NEGATIVES, PHRASINGS
 from umed_plugin.errors import UmedError
+from umed_plugin.files import text_bytes
 from umed_plugin.grounding.consistency import checks
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.rewards import REWARDS, combine_rewards, localization
@@ -125,6 +127,42 @@ def test_a_box_in_the_padding_is_outside_of_the_image():
     wide = ImageGeometry(200, 100)
     assert scored("A nodule at [0.10, 0.25, 0.30, 0.50].", POSITIVE, wide) == 1
     assert scored("A nodule at [0.10, 0.05, 0.30, 0.50].", POSITIVE, wide) == pytest.approx(2 / 3)
+
+
+def test_a_reference_agrees_with_itself_where_augmentation_has_moved_the_image():
+    """The image moves in the square along with its boxes."""
+    draw = random.Random(0)
+    for size in ((512, 512), (640, 480), (300, 600)):
+        geometry, moved, lowest = ImageGeometry(*size), 0, 1.0
+        for number in range(20):
+            # Near the edges and corners of the image.
+            x, y = (draw.choice([0.0, draw.uniform(0, 0.8), 0.8]) * side for side in size)
+            box = [x, y, x + 0.2 * size[0], y + 0.2 * size[1]]
+            record = {
+                "id": f"r{number}",
+                "image": "a.png",
+                "image_size": list(size),
+                "split": "train",
+                "terms": TERMS,
+                "objects": {"ref": ["cyst"], "bbox": [box]},
+                "answer_type": "grounded",
+                "provenance": {"image_aspect_ratio": "pad", "seed": 0, "box_decimals": 2},
+            }
+            wording = random.Random(text_bytes(f"0:r{number}"))
+            record["conversations"] = template_writer.write_conversation(record, geometry, wording)
+            for epoch in range(10):
+                study = augmented_study(record, 0, epoch)
+                shown = {**study.record, "augmented": study.as_json()}
+                lowest = min(lowest, scored(shown["conversations"][1]["value"], shown, geometry))
+                moved += study.move.resamples
+        assert lowest == 1 and moved > 50, size
+
+
+def test_a_box_in_the_padding_of_a_moved_image_is_outside_of_it():
+    wide, zoomed_out = ImageGeometry(200, 100), {**POSITIVE, "augmented": {"zoom": 0.5, "shift": [0.0, -0.25]}}
+    assert scored("A nodule at [0.30, 0.15, 0.70, 0.35].", zoomed_out, wide) == 1
+    assert scored("A nodule at [0.30, 0.30, 0.70, 0.50].", zoomed_out, wide) == pytest.approx(2 / 3)
+    assert scored("A nodule at [0.10, 0.15, 0.70, 0.35].", zoomed_out, wide) == pytest.approx(2 / 3)
 
 
 def test_to_call_every_image_normal_earns_no_more_than_the_negatives():

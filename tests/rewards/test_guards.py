@@ -135,6 +135,11 @@ def test_padding_is_no_part_of_the_image():
     add(guards, [whole, whole], make_record([[0, 0, 200, 100]], geometry=wide), wide)
     assert guards.metrics()["guard/whole_image_boxes"] == 0.0, "here the lesion is as large as that"
 
+    zoomed_out = {**record, "augmented": {"zoom": 0.5, "shift": [0.0, 0.25]}}
+    guards = Guards()
+    add(guards, ["[0.25, 0.62, 0.75, 0.88]", half], zoomed_out, wide)
+    assert guards.metrics()["guard/whole_image_boxes"] == 0.5, "the image has moved along"
+
 
 def test_a_study_without_lesion_counts_its_boxes_and_has_no_area_to_compare():
     guards = Guards()

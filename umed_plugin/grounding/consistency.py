@@ -14,6 +14,7 @@ from umed_plugin.grounding.claims import number_said, says_normal, sides_said
 from umed_plugin.grounding.dialects import LLAVA, BoxDialect
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.scoring import boxes_in_square
+from umed_plugin.grounding.square_move import image_in_square
 from umed_plugin.grounding.terms import find_terms, ruled_out_classes
 
 # How far a box may leave the image, in 0-1 of the square: its numbers are rounded to two decimals.
@@ -30,11 +31,11 @@ def consistency_of(
 
     Args:
         text: the answer.
-        record: its ``terms``, and whether its ``objects`` has boxes, are used.
+        record: its ``terms``, whether its ``objects`` has boxes, and how ``--umed_augment`` has moved it, are used.
         geometry: of the record's image.
         dialect: how the answer writes boxes.
     """
-    found = checks(text, record["terms"], geometry, dialect)
+    found = checks(text, record["terms"], geometry, dialect, image01=image_in_square(record, geometry))
     # "0 findings" has a number, which agrees with no box.
     only_normal = set(found) <= {"normal", "number"} and all(found.values())
     if not found or (only_normal and record["objects"]["bbox"]):
@@ -43,7 +44,12 @@ def consistency_of(
 
 
 def checks(
-    text: str, terms: Mapping[str, Sequence[str]], geometry: ImageGeometry, dialect: BoxDialect = LLAVA
+    text: str,
+    terms: Mapping[str, Sequence[str]],
+    geometry: ImageGeometry,
+    dialect: BoxDialect = LLAVA,
+    *,
+    image01: Box | None = None,
 ) -> dict[str, bool]:
     """The checks that apply to an answer, and whether each holds.
 
@@ -60,7 +66,9 @@ def checks(
         terms: class -> names.
         geometry: of the image.
         dialect: how the answer writes boxes.
+        image01: where the image lies in the square, in 0-1 (`image_in_square`); None: where the geometry puts it.
     """
+    image01 = image_in_square({}, geometry) if image01 is None else image01
     boxes, mentions = boxes_in_square(text, geometry, dialect), [cls for _, _, cls in find_terms(text, terms)]
     named, number, sides = set(mentions), number_said(text, terms), sides_said(text)
     ruled_out = ruled_out_classes(text, terms)
@@ -78,7 +86,7 @@ def checks(
     if len(boxes) > 1:
         found["same_box"] = all(earlier < max(len(named), 1) for earlier in copies(boxes))
     if boxes:
-        found["inside"] = all(_is_in_image(box, geometry) for box in boxes)
+        found["inside"] = all(_is_within(box, image01) for box in boxes)
     return found
 
 
@@ -89,13 +97,12 @@ def _lies_there(fits: Any, boxes: Sequence[Box], index: int) -> bool:
     return bool(fits((x1 + x2) / 2, (y1 + y2) / 2))
 
 
-def _is_in_image(box: Box, geometry: ImageGeometry) -> bool:
-    (visible,) = geometry.to_square([(0, 0, geometry.width, geometry.height)])
+def _is_within(box: Box, image01: Box) -> bool:
     return is_inside(box) and all(
         (
-            box[0] >= visible[0] - _ROUNDING,
-            box[1] >= visible[1] - _ROUNDING,
-            box[2] <= visible[2] + _ROUNDING,
-            box[3] <= visible[3] + _ROUNDING,
+            box[0] >= image01[0] - _ROUNDING,
+            box[1] >= image01[1] - _ROUNDING,
+            box[2] <= image01[2] + _ROUNDING,
+            box[3] <= image01[3] + _ROUNDING,
         )
     )

@@ -7,11 +7,12 @@ centre c, the mirroring F and the rotation R.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from umed_plugin.grounding.boxes import Box, is_degenerate
+from umed_plugin.grounding.geometry import ImageGeometry
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,6 +74,13 @@ class SquareMove:
         half_high = self.zoom * math.hypot(wide * sin, high * cos)
         return (x - half_wide, y - half_high, x + half_wide, y + half_high)
 
+    def around(self, box: Sequence[float]) -> Box:
+        """The box around the moved corners of a rectangle, not clipped to the square: what fills a rectangle lies within."""
+        x1, y1, x2, y2 = box
+        corners = [self._box((x, y, x, y)) for x in (x1, x2) for y in (y1, y2)]
+        xs, ys = [corner[0] for corner in corners], [corner[1] for corner in corners]
+        return (min(xs), min(ys), max(xs), max(ys))
+
     def source_matrix(self, size: int) -> np.ndarray:
         """Where the pixels of the moved square, after the mirroring, come from: what MONAI's ``Affined`` takes.
 
@@ -89,6 +97,36 @@ class SquareMove:
         turned = self.zoom * np.array([[cos, sin, 0.0], [-sin, cos, 0.0], [0.0, 0.0, 1 / self.zoom]])
         turned[:2, 2] = (y, x)
         return np.linalg.inv(turned)
+
+
+def move_of(logged: Mapping[str, Any]) -> SquareMove:
+    """The movement that `umed_plugin.data.augmentation.study.Study.as_json` has written."""
+    return SquareMove(**{**logged, "shift": tuple(logged["shift"])})
+
+
+def image_in_square(record: Mapping[str, Any], geometry: ImageGeometry) -> Box:
+    """The smallest box, in 0-1 of the square, around what the model sees of a record's image; the rest is padding or margin.
+
+    An image that was turned does not fill it: the padding reaches into its corners.
+
+    Args:
+        record: its ``augmented`` says how ``--umed_augment`` has moved the square; without it, nothing has moved.
+        geometry: of the image file.
+
+    Example:
+        >>> from umed_plugin import ImageGeometry
+        >>> wide = ImageGeometry(200, 100)
+        >>> image_in_square({}, wide)
+        (0.0, 0.25, 1.0, 0.75)
+        >>> image_in_square({"augmented": {"angle": 90.0, "shift": [0.0, 0.125]}}, wide)
+        (0.25, 0.125, 0.75, 1.0)
+    """
+    (image,) = geometry.to_square([(0, 0, geometry.width, geometry.height)])
+    augmented = record.get("augmented")
+    # In somebody's own records, the key may mean something else.
+    if not isinstance(augmented, Mapping) or "shift" not in augmented:
+        return image
+    return clipped(move_of(augmented).around(image))
 
 
 def kept_fraction(moved: Box) -> float:

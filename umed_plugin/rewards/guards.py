@@ -45,9 +45,10 @@ Two more metrics tell what the vision relevance reward is worth, over the candid
 
 The first time a metric crosses its limit (`_LIMITS`) after the first `WINDOW` questions, the run prints a warning. No lesion that
 was measured comes near 0.8 of the image: the largest of 1,247 boxes of brain tumours, polyps, liver lesions and chest X-rays
-(NIH) covers 0.56. The share is of the visible image, not of the square, half of which may be padding. ``groups_without_signal``
-and ``answers_cut_off`` of `umed_plugin.training.step_metrics` have limits here too; they are means since the last log. The first
-one's limit is for GRPO alone. The paper has no such metrics; metrics and limits are ours.
+(NIH) covers 0.56. The share is of the visible image, wherever augmentation has moved it, and not of the square, half of
+which may be padding. ``groups_without_signal`` and ``answers_cut_off`` of `umed_plugin.training.step_metrics` have limits here
+too; they are means since the last log. The first one's limit is for GRPO alone. The paper has no such metrics; metrics and
+limits are ours.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ from typing import Any
 from umed_plugin.grounding.boxes import Box, is_degenerate, parse_boxes
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.scoring import AnswerScore
+from umed_plugin.grounding.square_move import image_in_square
 from umed_plugin.grounding.terms import ClassNames, replace_terms
 
 WINDOW = 64
@@ -335,7 +337,7 @@ def _text_stats(text: str, terms: ClassNames) -> _TextStats:
 
 def _answer_stats(text: str, score: AnswerScore, record: Mapping[str, Any], geometry: ImageGeometry) -> _TextStats:
     plain, ratio = _text_stats(text, record["terms"]), box_area_ratio(score.predicted01, score.true01)
-    (visible,) = geometry.to_square([(0, 0, geometry.width, geometry.height)])
+    visible = image_in_square(record, geometry)
     lesion_covers_image = any(_share_of(visible, box) > WHOLE_IMAGE_SHARE for box in score.true01)
     whole = 0 if lesion_covers_image else sum(_share_of(visible, box) > WHOLE_IMAGE_SHARE for box in score.predicted01)
     return _TextStats(

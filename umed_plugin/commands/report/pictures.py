@@ -71,7 +71,7 @@ def as_augmented(seen: SeenImage, augmented: Mapping[str, Any]) -> SeenImage:
     from PIL import Image
 
     from umed_plugin.data.augmentation.pixels import moved_picture
-    from umed_plugin.data.augmentation.study import move_of
+    from umed_plugin.grounding.square_move import move_of
 
     pixels = moved_picture(np.asarray(seen.square), move_of(dict(augmented)))
     return SeenImage(Image.fromarray(pixels), seen.geometry)

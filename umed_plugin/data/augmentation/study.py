@@ -63,13 +63,8 @@ class Study:
         return (self.move, self.grey) != (UNMOVED, UNCHANGED)
 
     def as_json(self) -> dict[str, Any]:
-        """The movement, for a log: what `move_of` reads."""
+        """The movement, for the record and a log: what `umed_plugin.grounding.square_move.move_of` reads."""
         return {**dataclasses.asdict(self.move), "shift": list(self.move.shift)}
-
-
-def move_of(logged: dict[str, Any]) -> SquareMove:
-    """The movement that `Study.as_json` has written."""
-    return SquareMove(**{**logged, "shift": tuple(logged["shift"])})
 
 
 def augmented_study(record: Record, seed: int, epoch: int, name: str | None = None) -> Study:
