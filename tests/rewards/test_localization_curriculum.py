@@ -158,6 +158,25 @@ def test_a_run_makes_its_own_and_logs_its_threshold():
     assert logged["localization_curriculum/mean_iou"] == pytest.approx(0.6, abs=1e-3)
 
 
+def test_two_questions_about_the_same_record_are_two_questions():
+    """A sampling with several questions may draw a record twice, as one object."""
+    flags = UmedFlags(umed_stage="rewarding", umed_rewards="localization_curriculum", umed_num_candidates=2)
+    (reward,) = make_rewards(flags, ".").values()
+    ask(reward, [1.0, 1.0, 0.0, 0.0])
+    reward.advance(reward.for_all_processes())
+    assert [sum(question) / 2 for question in reward.state()["window"]] == [pytest.approx(1, abs=1e-2), 0]
+    reward(  # a study without a lesion between two questions about one with
+        [""] * 6, ["No."] * 6, record=[STUDY, STUDY, NEGATIVE, NEGATIVE, STUDY, STUDY], geometry=[SQUARE] * 6
+    )
+    assert reward.for_all_processes() == [[0.0, 0.0], None, [0.0, 0.0]]
+
+
+def test_without_a_run_the_answers_with_one_record_object_are_a_question():
+    curriculum = LocalizationCurriculum()
+    curriculum([""] * 3, ["No."] * 3, record=[STUDY, STUDY, dict(STUDY)], geometry=[SQUARE] * 3)
+    assert curriculum.for_all_processes() == [[0.0, 0.0], [0.0]]
+
+
 @pytest.mark.llava
 def test_trl_which_keeps_no_state_of_rewards_is_refused():
     from umed_plugin.rewards.trl import CombinedReward

@@ -22,6 +22,7 @@ from umed_plugin.grounding.answer_types import PHRASE, REPORT
 from umed_plugin.rewards.contract import REWARDS, Reward, call_reward, failing_as
 from umed_plugin.rewards.judges.lexical import LOCAL_JUDGES, lexical_relevance
 from umed_plugin.rewards.judges.relevance import JudgedRelevance
+from umed_plugin.rewards.terms.localization_curriculum import LocalizationCurriculum
 from umed_plugin.rewards.values import as_float, numbers_of, shown, values_of
 
 # Of the records that `for_records` gets, unless the reward says otherwise: enough to know the wording of a data set of any size.
@@ -48,6 +49,9 @@ def make_rewards(
             rewards[name] = reward_of_run(REWARDS.get(SYMBOLIC)(name.partition(":")[2]), records)
         else:
             rewards[name] = reward_of_run(REWARDS.get(name), records)
+    for reward in rewards.values():
+        if isinstance(reward, LocalizationCurriculum):  # two questions of a call may have the same record
+            reward.num_candidates = flags.umed_num_candidates
     return rewards
 
 

@@ -15,12 +15,13 @@ Departures from MedLoc-R1, of which only the paper and a port could be read:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from statistics import fmean, pstdev
 from typing import Any
 
 from umed_plugin.grounding.answer_types import asks_for_boxes
 from umed_plugin.grounding.geometry import ImageGeometry
-from umed_plugin.grounding.scoring import score_answer
+from umed_plugin.grounding.scoring import AnswerScore, score_answer
 from umed_plugin.rewards.contract import register_reward
 
 FIRST, LAST = 0.3, 0.8
@@ -50,8 +51,12 @@ class LocalizationCurriculum:
         >>> curriculum.advance([[0.9, 1.0]] * 30)
         >>> curriculum.threshold
         0.45
+
+    Attributes:
+        num_candidates: K, answers in a row to each question; a run sets it. None: as many as have the same record object.
     """
 
+    num_candidates: int | None = None
     metric_names = (
         "localization_curriculum/threshold",
         "localization_curriculum/hit_rate",
@@ -74,15 +79,18 @@ class LocalizationCurriculum:
     ) -> list[float | None]:
         """0.0 or 1.0 for each completion."""
         scores = [score_answer(*answer) for answer in zip(completions, record, geometry)]
-        self._questions, last = [], None
-        for study, score in zip(record, scores):
-            if study is not last:
-                self._questions.append([] if score.n_true else None)
-                last = study
-            question = self._questions[-1]
-            if question is not None:
-                question.append(score.set_iou)
+        self._questions = [
+            [score.set_iou for score in group] if group[0].n_true else None for group in self._by_question(scores, record)
+        ]
         return [float(score.set_iou >= self.threshold) for score in scores]
+
+    def _by_question(self, scores: list[AnswerScore], record: Sequence[Mapping[str, Any]]) -> list[list[AnswerScore]]:
+        """The scores of each question's answers."""
+        each = self.num_candidates
+        if each is not None:
+            return [scores[first : first + each] for first in range(0, len(scores), each)]
+        rows = groupby(zip(record, scores), key=lambda row: id(row[0]))
+        return [[score for _, score in group] for _, group in rows]
 
     def for_all_processes(self) -> list[list[float] | None]:
         """The IoUs of the answers to each question of the last call, None for one without a lesion."""
