@@ -180,8 +180,13 @@ def test_a_resumed_run_with_other_workers_is_the_run_that_was_not_stopped(
 def test_the_stages_divide_the_labelled_studies_by_patient(records: Path, tokenizer: Any, capsys: Any) -> None:
     items = json.loads(records.read_text())
     plain = json.loads(write_records(records.parent / "more", count=3).read_text())
+    for n in range(10):
+        for item in items:
+            shutil.copy(records.parent / item["image"], records.parent / f"{n}-{item['image']}")
     items = [
-        {**item, "id": f"{n}-{item['id']}", "patient": f"{n}{item['patient']}"} for n in range(10) for item in items
+        {**item, **{name: f"{n}-{item[name]}" for name in ("id", "patient", "image")}}
+        for n in range(10)
+        for item in items
     ]
     items += [{**item, "id": f"plain-{item['id']}", "image": f"more/{item['image']}"} for item in plain]
     records.write_text(json.dumps(items))
@@ -242,12 +247,62 @@ def test_probes_and_reports_are_no_labelled_studies(records: Path, tokenizer: An
     names = {record["id"] for record in studies}
     own = set(shares["rewarding"])
     assert own < names and own
-    expected = {f"{kind}{name}" for name in names - own for kind in ("", "probe-")}
-    assert set(shares["instruction_tuning"]) == expected | {f"report-{name}" for name in names}
-    assert f"stage 1. {len(own)} probes about patients of stage 2 are left out." in told[0]
+    expected = {f"{kind}{name}" for name in names - own for kind in ("", "probe-", "report-")}
+    assert set(shares["instruction_tuning"]) == expected
+    left = f"{len(own)} probes, {len(own)} reports"
+    assert told[0].endswith(f"stage 1. Left out, since they are about patients or images of stage 2: {left}.")
+    assert told[1].endswith("This is stage 2.")
 
     make_dataset(records, tokenizer, umed_augment=True)
     assert "how 16 of 24 records are shown, with their boxes" in capsys.readouterr().out
+
+
+def test_stage_1_has_nothing_about_patients_or_images_of_stage_2(records: Path, tokenizer: Any, capsys: Any) -> None:
+    """A plain item may say what its image shows. Its path may be absolute where a record's is relative, and the reverse."""
+    studies = json.loads(records.read_text())
+    folder = records.parent
+
+    def plain(name: str, **more: Any) -> dict[str, Any]:
+        turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A cyst in the upper left."}]
+        return {"id": name, **more, "conversations": turns}
+
+    for number, study in enumerate(studies):
+        study["image"] = str(folder / study["image"]) if number % 4 < 2 else study["image"]
+    names = {Path(study["image"]).name: study["id"] for study in studies}
+    for name in ("unseen.png", "later.png"):
+        shutil.copy(folder / next(iter(names)), folder / name)
+    items = [
+        plain(f"{form}{owner}", image=path)
+        for name, owner in names.items()
+        for form, path in (("relative-", f"./{name}"), ("absolute-", str(folder / name)))
+    ]
+    # A patient's other image, and the same image in an item that does not name the patient.
+    of_patient = {study["id"]: {"patient": study["patient"], "source": study["source"]} for study in studies[::2]}
+    reports = [plain(f"text-{name}", **whose) for name, whose in of_patient.items()]
+    nameless = [plain("by-nobody"), plain("of-nobody", image="unseen.png")]
+    records.write_text(json.dumps([*studies, *items, *reports, *nameless]))
+    kept = {record["id"] for record in make_dataset(records, tokenizer, umed_label_share=0.5).list_data_dict}
+    told = next(line for line in capsys.readouterr().out.splitlines() if "--umed_label_share" in line)
+    own = {study["id"] for study in studies} & kept
+    assert own and len(own) < len(studies)
+    pairs = {f"{form}{name}" for form in ("relative-", "absolute-") for name in own}
+    texts = {f"text-{name}" for name in of_patient if name in own}
+    assert kept == own | pairs | texts | {"by-nobody", "of-nobody"}
+    gone = 2 * (len(studies) - len(own)) + len(reports) - len(texts)
+    assert f"patients or images of stage 2: {gone} items without true boxes. " in told
+    assert f"Kept, since the image is not stage 2's: {len(pairs) + 1} items that name no patient. " in told
+    assert told.endswith("Kept: 1 item that names neither patient nor image.")
+
+    theirs = next(study for study in studies if study["id"] not in own)
+    whose = {"patient": theirs["patient"], "source": theirs["source"]}
+    chain = [plain("later", image="later.png", **whose), plain("again", image="later.png")]
+    other = {**next(study for study in studies if study["id"] in own), "id": "same picture", "image": theirs["image"]}
+    records.write_text(json.dumps([*studies, *chain, other]))
+    again = {record["id"] for record in make_dataset(records, tokenizer, umed_label_share=0.5).list_data_dict}
+    assert again == own
+    told = next(line for line in capsys.readouterr().out.splitlines() if "--umed_label_share" in line)
+    assert f"stage 1 {len(own)} labelled studies of" in told
+    assert told.endswith("images of stage 2: 1 labelled study, 2 items without true boxes.")
 
 
 def test_held_out_probes_are_not_scored_as_diagnoses(records: Path, tokenizer: Any, capsys: Any) -> None:

@@ -28,7 +28,7 @@ from umed_plugin.files import text_bytes
 from umed_plugin.files.kept_arrays import kept_arrays
 from umed_plugin.grounding.answer_types import PROBE, REPORT
 
-_FORMAT = "index-5"
+_FORMAT = "index-6"
 _COLUMNS = {
     "start": np.int64,
     "length": np.int64,
@@ -39,7 +39,9 @@ _COLUMNS = {
     "has_boxes": np.bool_,
     "probe": np.bool_,
     "report": np.bool_,
+    "has_patient": np.bool_,
     "patient": np.int64,
+    "picture": np.int64,
     "split": np.int32,
     "aspect": np.int32,
 }
@@ -53,8 +55,8 @@ class Index:
         columns: arrays [n]: ``start`` and ``length`` of its text in the file, in bytes; ``words`` of its turns; ``has_image``;
             ``has_reading`` (LLaVA does not read the image as it was annotated); ``labelled`` (it has true boxes, or is known to
             have none); ``has_boxes`` (it has true boxes); ``probe`` (stage 1's alone, see `umed_plugin.data.probes`); ``report``
-            (its answer has no boxes); ``patient``, a hash of source and patient, or of the image, in 0 to 2^63 - 1; ``split`` and
-            ``aspect``, as places in ``names``.
+            (its answer has no boxes); ``has_patient``; ``patient``, a hash of source and patient, or of the image, in 0 to 2^63
+            - 1; ``picture``, `picture_hash` of its image, or -1 without one; ``split`` and ``aspect``, as places in ``names``.
         names: splits and values of image_aspect_ratio that occur; the empty text stands for none.
         warnings: of the check of all items, without the file's name.
     """
@@ -244,8 +246,10 @@ def _row(placed: Placed, item: Record, names: dict[str, int]) -> tuple[int, ...]
     codes = [names.setdefault(text, len(names)) for text in (split, aspect)]
     kinds = [item.get("answer_type") == kind for kind in (PROBE, REPORT)]
     known = (_is_labelled(item), _has_boxes(item), *kinds)
-    about = ("image" in item, bool(item.get("reading")), *known, _patient_hash(item))
-    return (placed.start, placed.length, words, *about, *codes)
+    image = item.get("image")
+    picture = picture_hash(image) if isinstance(image, str) and image else -1
+    whose = (bool(item.get("patient")), _patient_hash(item), picture)
+    return (placed.start, placed.length, words, "image" in item, bool(item.get("reading")), *known, *whose, *codes)
 
 
 def _is_labelled(item: Record) -> bool:
@@ -257,16 +261,23 @@ def _has_boxes(item: Record) -> bool:
 
 
 def _patient_hash(item: Record) -> int:
-    """The same for all records of a patient. Without one, for all records of an image, of whatever source, as in an evaluation.
+    """The same for all records of a patient; without one, for all of an image, of whatever source, as in an evaluation."""
+    patient, image = item.get("patient"), item.get("image")
+    if not patient and isinstance(image, str) and image:
+        return picture_hash(image)
+    return _hash(f"{item.get('source', '')}\n{patient or 'record ' + str(item.get('id'))}")
+
+
+def picture_hash(image: str) -> int:
+    """The same for all records of an image, in 0 to 2^63 - 1.
 
     The image's path is taken as it is written, so that the number stays where the data are moved.
     """
-    patient, image = item.get("patient"), item.get("image")
-    if patient or not (isinstance(image, str) and image):
-        whose = f"{item.get('source', '')}\n{patient or 'record ' + str(item.get('id'))}"
-    else:
-        whose = f"image\n{posixpath.normpath(image)}"
-    digest = hashlib.sha256(text_bytes(whose)).digest()
+    return _hash(f"image\n{posixpath.normpath(image)}")
+
+
+def _hash(text: str) -> int:
+    digest = hashlib.sha256(text_bytes(text)).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 

@@ -3,35 +3,43 @@
 Stage 2 learns little from studies that stage 1 knows by heart: all answers to them are right. A hash of source and patient
 decides, so that no patient is in both stages, whatever the order of the records and the seed of the run. Where a record names no
 patient, the image does.
+
+Reports, plain items and probes may name the lesion and its place. So stage 1 has none about patients or images of stage 2.
 """
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 
-from umed_plugin.data.record_file import JoinedRecords
+from umed_plugin.data.record_file import JoinedRecords, picture_hash
 from umed_plugin.errors import UmedError
 from umed_plugin.flags.rules import TUNING
 
 
-def own_share(records: JoinedRecords, share: float, stage: str) -> tuple[JoinedRecords, str]:
-    """The records that a stage trains on, and a sentence with the counts of both stages.
+def own_share(
+    records: JoinedRecords, share: float, stage: str, image_folder: str = os.curdir
+) -> tuple[JoinedRecords, str]:
+    """The records that a stage trains on, and sentences with the counts of both stages and of what is left out.
 
-    Items without true boxes, such as reports, are stage 1's, all of them. Probes are trained on in stage 1 alone, and there only
-    those of its own patients.
+    Items without true boxes, such as reports, and probes are stage 1's alone, except those about patients or images of stage 2.
+    An item that names neither patient nor image stays in stage 1.
 
     Args:
         records: of the split train.
         share: in 0-1, both exclusive.
         stage: one of `umed_plugin.flags.rules.STAGES`.
+        image_folder: that relative paths of images start from.
 
     Raises:
         UmedError: a stage would have no labelled study.
     """
-    patients, probes = records.column("patient"), records.column("probe")
-    labelled = records.column("labelled") & ~probes & ~records.column("report")
-    tunes = patients < share * 2.0**63
-    parts = {"stage 1": labelled & tunes, "stage 2": labelled & ~tunes}
+    patients, labelled = records.column("patient"), _labelled(records)
+    theirs = labelled & (patients >= share * 2.0**63)
+    shared = _about_same(records, theirs, image_folder)
+    parts = {"stage 1": labelled & ~shared, "stage 2": theirs}
     counts = {name: (int(part.sum()), len(np.unique(patients[part]))) for name, part in parts.items()}
     whole = f"{_studies(int(labelled.sum()))} of {_patients(len(np.unique(patients[labelled])))}"
     divided = " and ".join(f"{name} {_studies(n)} of {_patients(of)}" for name, (n, of) in counts.items())
@@ -39,15 +47,69 @@ def own_share(records: JoinedRecords, share: float, stage: str) -> tuple[JoinedR
         raise UmedError(
             f"--umed_label_share {share:g} divides {whole} by patient, and gives {divided}. Each stage needs some. Choose "
             "another share, add studies of other patients, or remove the flag. Studies are records with true boxes; 'patient' "
-            "and 'source' of a record say whose it is."
+            "and 'source' of a record say whose it is. Studies of one image cannot be in both stages."
         )
     told = f"--umed_label_share {share:g} divides {whole} by patient: {divided}. This is stage {1 + (stage != TUNING)}."
     if stage != TUNING:
-        return records.where(labelled & ~tunes), told
-    passed_over = int((probes & ~tunes).sum())
-    if passed_over:
-        told += f" {passed_over} probes about patients of stage 2 are left out."
-    return records.where(~(labelled | probes) | tunes), told
+        return records.where(theirs), told
+    return records.where(~shared), " ".join([told, *_left_out(records, shared & ~theirs), *_unsure(records, ~shared)])
+
+
+def _labelled(records: JoinedRecords) -> np.ndarray:
+    return records.column("labelled") & ~records.column("probe") & ~records.column("report")
+
+
+def _about_same(records: JoinedRecords, studies: np.ndarray, image_folder: str) -> np.ndarray:
+    """Which records, bool [n], are about a patient of these studies, or show an image that a record of such a patient has."""
+    patients, pictures = records.column("patient"), records.column("picture")
+    of_patients = np.isin(patients, patients[studies])
+    _, first = np.unique(pictures, return_index=True)
+    once = np.zeros(len(pictures), dtype=bool)
+    once[first] = True
+    named = [record["image"] for record in records.where(of_patients & once & (pictures >= 0))]
+    known = [pictures[of_patients & (pictures >= 0)], np.array(_otherwise(named, image_folder), dtype=np.int64)]
+    return of_patients | np.isin(pictures, np.concatenate(known))
+
+
+def _otherwise(images: list[str], image_folder: str) -> list[int]:
+    """The hashes of the images under their other path: absolute in place of relative to the folder, and the reverse."""
+    folder, found = Path(os.path.abspath(image_folder)), []
+    for image in images:
+        path = Path(os.path.normpath(folder / image))
+        if not os.path.isabs(image):
+            found.append(picture_hash(str(path)))
+        elif path.is_relative_to(folder):
+            found.append(picture_hash(str(path.relative_to(folder))))
+    return found
+
+
+def _left_out(records: JoinedRecords, left: np.ndarray) -> list[str]:
+    """A sentence on what stage 1 is not trained on, by kind; none where there is nothing."""
+    labelled, probes, reports = _labelled(records), records.column("probe"), records.column("report")
+    kinds = (
+        (labelled, "labelled study", "labelled studies"),
+        (probes, "probe", "probes"),
+        (reports, "report", "reports"),
+        (~(labelled | probes | reports), "item without true boxes", "items without true boxes"),
+    )
+    named = [_counted(left & part, one, several) for part, one, several in kinds if (left & part).any()]
+    return [f"Left out, since they are about patients or images of stage 2: {', '.join(named)}."] if named else []
+
+
+def _unsure(records: JoinedRecords, kept: np.ndarray) -> list[str]:
+    """Sentences on what stage 1 keeps without knowing whose it is; none where there is nothing."""
+    nameless, has_image = kept & ~_labelled(records) & ~records.column("has_patient"), records.column("has_image")
+    by_image = _counted(nameless & has_image, "item that names no patient", "items that name no patient")
+    by_nothing = _counted(
+        nameless & ~has_image, "item that names neither patient nor image", "items that name neither patient nor image"
+    )
+    told = [f"Kept, since the image is not stage 2's: {by_image}."] if (nameless & has_image).any() else []
+    return told + ([f"Kept: {by_nothing}."] if (nameless & ~has_image).any() else [])
+
+
+def _counted(chosen: np.ndarray, one: str, several: str) -> str:
+    count = int(chosen.sum())
+    return f"{count} {one if count == 1 else several}"
 
 
 def _studies(count: int) -> str:

@@ -64,7 +64,8 @@ def training_records(data_args: Any, training_args: Any, split: str = "train") -
         of_split = _with_true_boxes(of_split, split, tells)
     _check_aspect_ratio(of_split, data_args.image_aspect_ratio)
     if flags.umed_label_share is not None and split == "train":
-        of_split, divided = own_share(of_split, flags.umed_label_share, flags.umed_stage)
+        folder = data_args.image_folder or os.curdir
+        of_split, divided = own_share(of_split, flags.umed_label_share, flags.umed_stage, folder)
         if tells:
             note(divided)
     if data_args.image_folder is None:

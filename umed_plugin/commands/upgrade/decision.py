@@ -78,7 +78,8 @@ def unused_labels(share: float) -> str:
     """What a run that ends with stage 1 has to say of its ``label_share``."""
     return (
         f"label_share {share:g}: stage 1 has trained on this share of the labelled studies, and nothing has trained on the "
-        "others. A run with label_share null and rewarding: never trains stage 1 on all of them."
+        "others, or on what else is about their patients. A run with label_share null and rewarding: never trains stage 1 on all "
+        "of them."
     )
 
 

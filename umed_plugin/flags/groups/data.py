@@ -84,7 +84,7 @@ class DataFlags:
     umed_label_share: Optional[float] = flag(
         None,
         "Share of the labelled studies that stage 1 trains on; stage 2 trains on the others. Give both stages the same. Divided "
-        "by patient. Default: both stages train on all.",
+        "by patient: stage 1 has nothing about patients of stage 2. Default: both stages train on all.",
         above=0,
         below=1,
     )
