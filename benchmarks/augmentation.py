@@ -135,7 +135,7 @@ def make_records(kind: str, count: int, folder: Path, mode: str) -> list[dict[st
     """Records of ``count`` images in one format; every second with free text in place of the template writer's."""
     from umed_plugin.data.build import build_records
     from umed_plugin.data.recipes.recipe import load_recipe
-    from umed_plugin.data.records import record_geometry, true_boxes
+    from umed_plugin.data.records import box_decimals, record_geometry, true_boxes
     from umed_plugin.grounding.boxes import format_box
 
     folder.mkdir(parents=True)
@@ -156,7 +156,8 @@ def make_records(kind: str, count: int, folder: Path, mode: str) -> list[dict[st
     for record in records[::2]:
         ((x1, y1, x2, y2),) = boxes = record_geometry(record).to_square(true_boxes(record))
         sides = f"{'upper' if y1 + y2 < 1 else 'lower'} {'left' if x1 + x2 < 1 else 'right'}"
-        record["conversations"][1]["value"] = f"There is a nodule in the {sides} part, at {format_box(boxes[0])}."
+        written = format_box(boxes[0], box_decimals(record))
+        record["conversations"][1]["value"] = f"There is a nodule in the {sides} part, at {written}."
     return records
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from umed_plugin.commands.demo.pipeline import DemoRun, DemoSettings
 from umed_plugin.commands.demo.prior import corpus
 from umed_plugin.commands.demo.tiny_checkpoint import make_checkpoint
-from umed_plugin.data.records import Record, record_geometry, save_records
+from umed_plugin.data.records import Record, box_decimals, record_geometry, save_records
 from umed_plugin.data.template_writer import write_conversation
 from umed_plugin.terminal.progress import Steps
 
@@ -83,7 +83,8 @@ def record(
         "provenance": {"image_aspect_ratio": "pad", "box_decimals": 2, "seed": 0},
         **more,
     }
-    made["conversations"] = write_conversation(made, record_geometry(made), random.Random(f"0:{name}"))
+    words = random.Random(f"0:{name}")
+    made["conversations"] = write_conversation(made, record_geometry(made), words, box_decimals(made))
     return made
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from drawn_studies import SIDE, arguments, record, runs, shape
 
 from umed_plugin.data.phrase_writer import write_phrase_conversation
-from umed_plugin.data.records import Record, record_geometry
+from umed_plugin.data.records import Record, box_decimals, record_geometry
 from umed_plugin.evaluation.benchmarks.recipe import RECIPE, record_questions
 from umed_plugin.evaluation.evaluation_run import EvaluationSettings
 from umed_plugin.evaluation.evaluator import evaluate_questions
@@ -70,7 +70,8 @@ def _record(
 
 
 def _asked(made: Record) -> Record:
-    turns = write_phrase_conversation(made, record_geometry(made), random.Random(f"0:{made['id']}"))
+    words = random.Random(f"0:{made['id']}")
+    turns = write_phrase_conversation(made, record_geometry(made), words, box_decimals(made))
     return {**made, "conversations": turns}
 
 

@@ -15,7 +15,7 @@ from umed_plugin.commands.demo.studies import make_studies
 from umed_plugin.data.build import build_records
 from umed_plugin.data.recipes.options import HoldOut
 from umed_plugin.data.recipes.recipe import AnyRecipe, Mixture, load_recipe
-from umed_plugin.data.records import Record, load_records, record_geometry, save_records, true_boxes
+from umed_plugin.data.records import Record, box_decimals, load_records, record_geometry, save_records, true_boxes
 from umed_plugin.data.template_writer import write_conversation
 from umed_plugin.errors import UmedError
 
@@ -100,7 +100,8 @@ def with_noise(record: Record, noise: float, seed: int) -> Record:
     width, height = record["image_size"]
     boxes = [_moved(box, noise, width, height, rng) for box in true_boxes(record)]
     moved = {**record, "objects": {**record["objects"], "bbox": boxes}}
-    turns = write_conversation(moved, record_geometry(moved), random.Random(f"{seed}/{record['id']}/words"))
+    words = random.Random(f"{seed}/{record['id']}/words")
+    turns = write_conversation(moved, record_geometry(moved), words, box_decimals(moved))
     return json.loads(json.dumps({**moved, "conversations": turns}))
 
 

@@ -301,6 +301,9 @@ def test_noise_moves_boxes_and_what_the_answer_says():
     assert all(0 < abs(a - b) <= limit for a, b, limit in zip(box, (20, 20, 60, 40), (8, 4, 8, 4)))
     assert f"[{box[0] / 100:.2f}, {box[1] / 100:.2f}" in noisy["conversations"][1]["value"]
     assert study_data.with_noise(record, 0.0, seed=0) is record
+    fine = {**record, "provenance": {**record["provenance"], "box_decimals": 3}}
+    said = study_data.with_noise(fine, 0.2, seed=0)["conversations"][1]["value"]
+    assert f"[{box[0] / 100:.3f}, {box[1] / 100:.3f}" in said
 
 
 def test_patients_stay_in_one_fold():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
@@ -163,6 +164,15 @@ def test_with_the_box_in_the_question_the_diagnosis_alone_is_judged(studies, tmp
         assert ("The abnormal regions are at [" if several else "The abnormal region is at [") in question.text
         assert all(box in question.truth for box in question.text.rpartition(" at ")[2].rstrip(".").split("], ")[:1])
     assert found == {"accuracy": 1.0}
+    fine = build_records(load_recipe("demo_studies"), out_dir=tmp_path, data_root=studies, split="test", box_decimals=3)
+    for question in GIVEN_BOX.adapt(record_questions(fine), Scorer()):
+        given = question.text.rpartition(" at ")[2].rstrip(".")
+        assert re.fullmatch(r"(\[(\d\.\d{3}, ){3}\d\.\d{3}\](, )?)+", given), given
+        assert all(box in question.truth for box in given.split("], ")[:1])
+    (no_decimals, *_) = [record for record in fine if record["objects"]["bbox"]]
+    no_decimals["provenance"]["box_decimals"] = "3"
+    with pytest.raises(UmedError, match="box_decimals is '3'; needed: 2 or 3"):
+        GIVEN_BOX.adapt(record_questions(fine), Scorer())
     with pytest.raises(UmedError, match="none of the studies has a lesion"):
         GIVEN_BOX.adapt(record_questions([r for r in records if not r["objects"]["bbox"]]), Scorer())
     with pytest.raises(UmedError, match="--give-box gives boxes in LLaVA's form"):

@@ -323,3 +323,18 @@ def record_geometry(record: Record, image_size: int = 336, patch_size: int = 14)
 def true_boxes(record: Record) -> list[tuple[float, float, float, float]]:
     """The boxes of a record's lesions, xyxy in pixels of the file that ``image`` names; none for a report."""
     return [(float(x1), float(y1), float(x2), float(y2)) for x1, y1, x2, y2 in record["objects"]["bbox"]]
+
+
+def box_decimals(record: Record) -> int:
+    """How many decimals a record's text writes coordinates with; 2, as LLaVA does, where its provenance does not say.
+
+    Raises:
+        UmedError: its provenance says something else than a whole number above 0.
+    """
+    decimals = record["provenance"].get("box_decimals", 2)
+    if type(decimals) is not int or decimals < 1:
+        raise UmedError(
+            f"record {record['id']!r}: provenance.box_decimals is {decimals!r}; needed: 2 or 3, as `umed recipe build` writes "
+            "it. Correct it, or build the records again."
+        )
+    return decimals

@@ -32,7 +32,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from umed_plugin.checkpoints.folder import UMED_TEMPLATES
-from umed_plugin.data.records import FILE_NAME, Record, true_boxes, with_pseudo_boxes
+from umed_plugin.data.records import FILE_NAME, Record, box_decimals, true_boxes, with_pseudo_boxes
 from umed_plugin.errors import UmedError, note
 from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion
 from umed_plugin.evaluation.benchmarks.recipe_cases import details
@@ -204,7 +204,8 @@ def with_true_boxes(questions: Sequence[BenchmarkQuestion], scorer: Scorer) -> l
     left out too, and that is said: they ask for boxes alone.
 
     Raises:
-        UmedError: the checkpoint sees images in another way, writes boxes in another form than LLaVA's, or nothing is left.
+        UmedError: the checkpoint sees images in another way, writes boxes in another form than LLaVA's, nothing is left, or a
+            record does not say properly how many decimals it has.
     """
     if scorer.dialect != LLAVA:
         raise UmedError(
@@ -217,8 +218,9 @@ def with_true_boxes(questions: Sequence[BenchmarkQuestion], scorer: Scorer) -> l
         boxes = [box for box in geometry_of(record, scorer).to_square(true_boxes(record)) if not is_degenerate(box)]
         if boxes:
             given = "region is" if len(boxes) == 1 else "regions are"
-            text = f"{question.text} The abnormal {given} at {', '.join(map(format_box, boxes))}."
-            asked.append(replace(question, text=text))
+            # With the decimals that the model has been trained on.
+            written = ", ".join(format_box(box, box_decimals(record)) for box in boxes)
+            asked.append(replace(question, text=f"{question.text} The abnormal {given} at {written}."))
     phrases = len(questions) - len(diagnoses)
     told = f"{phrases} of {len(questions)} questions are phrases, which ask for boxes and for no diagnosis"
     if not asked:
