@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shlex
 import shutil
 from pathlib import Path
@@ -162,7 +163,7 @@ def test_a_resumed_run_with_other_workers_is_the_run_that_was_not_stopped(
         assert done.returncode == 0, done.stderr[-3000:]
         return done
 
-    assert "augmentation: each epoch draws anew how 8 of 8 records" in run(whole).stdout
+    assert "augmentation: 8 of 8 records are moved, anew in each epoch" in run(whole).stdout
     resumed.mkdir()
     shutil.copytree(whole / "checkpoint-5", resumed / "checkpoint-5")
     run(resumed, "--dataloader_num_workers", "2")
@@ -254,7 +255,31 @@ def test_probes_and_reports_are_no_labelled_studies(records: Path, tokenizer: An
     assert told[1].endswith("This is stage 2.")
 
     make_dataset(records, tokenizer, umed_augment=True)
-    assert "how 16 of 24 records are shown, with their boxes" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "augmentation: 16 of 24 records are moved" in told and "Not moved: reports (8, such as report-" in told
+
+
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_each_stage_says_what_is_not_moved_and_why(stage: str, records: Path, tokenizer: Any, capsys: Any) -> None:
+    items = json.loads(records.read_text())
+    items[0]["augment"] = {"share": 0}
+    items[1]["conversations"][1]["value"] = "A nodule, centre (0.36, 0.33)."
+    records.write_text(json.dumps(items))
+    random.seed(5), torch.manual_seed(5), np.random.seed(5)
+    before = random.getstate(), torch.get_rng_state(), np.random.get_state()[1]
+    make_dataset(records, tokenizer, umed_augment=True, umed_stage=stage)
+    told = capsys.readouterr()
+    assert "augmentation: 6 of 8 records are moved" in told.out and "warning" not in told.err
+    assert "`augment: {share: 0}` (1, such as " in told.out and "boxes or coordinates in another form" in told.out
+    after = random.getstate(), torch.get_rng_state(), np.random.get_state()[1]
+    assert before[0] == after[0] and torch.equal(before[1], after[1]) and (before[2] == after[2]).all()
+    make_dataset(records, tokenizer, umed_augment=True, umed_stage=stage, rank=1)
+    assert "augmentation" not in capsys.readouterr().out
+
+    records.write_text(json.dumps([{**item, "augment": {"share": 0}} for item in items]))
+    make_dataset(records, tokenizer, umed_augment=True, umed_stage=stage)
+    told = capsys.readouterr()
+    assert "warning: augmentation: 0 of 8 records are moved" in told.err and "augmentation" not in told.out
 
 
 def test_stage_1_has_nothing_about_patients_or_images_of_stage_2(records: Path, tokenizer: Any, capsys: Any) -> None:

@@ -122,7 +122,8 @@ def _is_asked_and_answered(turns: list[Any]) -> bool:
     return written and [turn.get("from") for turn in turns[:2]] == ["human", "gpt"]
 
 
-def _is_plain_item(record: Any) -> bool:
+def is_plain_item(record: Any) -> bool:
+    """Whether an item is one of LLaVA's own, which has no true boxes."""
     return (
         isinstance(record, dict) and "conversations" in record and not {"objects", "image_size", "terms"} & set(record)
     )
@@ -243,7 +244,7 @@ class RecordsCheck:
         """Check the next record."""
         index = self._count
         self._count += 1
-        if _is_plain_item(record):
+        if is_plain_item(record):
             self._plain += 1
             self._first_plain = index if self._first_plain is None else self._first_plain
         elif found := record_faults(record) or _outside_faults(record):

@@ -51,18 +51,3 @@ class Augmenter:
         else:
             return None
         return geometry.to_square([(0, 0, geometry.width, geometry.height)])[0]
-
-
-def augmentation_in_words(labelled: int, count: int) -> str:
-    """What is augmented, as a sentence.
-
-    Args:
-        labelled: number of records with true boxes.
-        count: number of all records.
-    """
-    plain = count - labelled
-    others = f"; the {plain} without true boxes change their grey levels alone" if plain else ""
-    return (
-        f"augmentation: each epoch draws anew how {labelled} of {count} records are shown, with their boxes and words of side, "
-        f"by their recipe's `augment`, or by its defaults without mirroring{others}."
-    )

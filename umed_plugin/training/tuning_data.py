@@ -29,6 +29,7 @@ from torch.utils.data import Dataset
 
 from umed_plugin.checkpoints.prompt_templates import TEMPLATES, conversation_template
 from umed_plugin.data.augmentation.study import Study
+from umed_plugin.data.augmentation.survey import survey
 from umed_plugin.data.images import check_picture
 from umed_plugin.data.images.cache import ImageCache
 from umed_plugin.data.record_file import JoinedRecords
@@ -37,7 +38,7 @@ from umed_plugin.errors import UmedError, note, warn
 from umed_plugin.files import text_bytes
 from umed_plugin.grounding.box_text import scan
 from umed_plugin.grounding.processor import GIVE_SIZES, missing_size, processor_fault
-from umed_plugin.training.augmenter import Augmenter, augmentation_in_words
+from umed_plugin.training.augmenter import Augmenter
 from umed_plugin.training.replay import RECORDS
 from umed_plugin.training.similar_records import similar_records
 from umed_plugin.training.training_records import training_records
@@ -123,8 +124,8 @@ class GroundedDataset(llava_train.LazySupervisedDataset):
         if self.flags.umed_augment and split == "train":
             self.augmenter = Augmenter(training_args.seed, data_args.image_processor, data_args.image_aspect_ratio)
             if training_args.process_index == 0:
-                moved = self.list_data_dict.column("labelled") & ~self.list_data_dict.column("report")
-                note(augmentation_in_words(int(moved.sum()), len(self.list_data_dict)))
+                found = survey(self.list_data_dict, training_args.seed)
+                (note if found.moved else warn)(found.in_words())
         self.image_cache: ImageCache | None = None
         if self.flags.umed_image_cache is not None:
             most_bytes = int(self.flags.umed_image_cache_gb * 1e9)

@@ -8,16 +8,23 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 from umed_plugin.data.augment_rule import AugmentRule, augment_rule_of
 from umed_plugin.data.augmentation.texts import can_mirror, has_fixed_places, is_templated, moved_record
-from umed_plugin.data.records import Record, record_faults, record_geometry, true_boxes
+from umed_plugin.data.records import Record, is_plain_item, record_faults, record_geometry, true_boxes
 from umed_plugin.files import text_bytes
 from umed_plugin.grounding.answer_types import asks_for_boxes
 from umed_plugin.grounding.square_move import SquareMove, kept_fraction
 
+FLIPS = ("left_right", "up_down")
+# Why records are not moved.
+PLAIN = "plain LLaVA items without true boxes"
+INVALID = "no valid records"
+REPORTS = "reports"
+MOVES_NOTHING = "an `augment` that moves nothing"
 # A rotation, zoom or shift that leaves less of a lesion's box in the square is drawn anew, so many times.
 LEAST_KEPT = 0.75
 TRIES = 10
@@ -96,19 +103,47 @@ def augmented_study(record: Record, seed: int, epoch: int, name: str | None = No
     if rng.random() >= rule.share:
         return Study(record)
     grey = _draw_grey(rule, rng)
-    flips = [flip for flip in ("left_right", "up_down") if rng.random() < 0.5 and flip in rule.flips]
-    if record_faults(record) or not asks_for_boxes(record):
+    flips = [flip for flip in FLIPS if rng.random() < 0.5 and flip in rule.flips]
+    if why_unmoved(record, rule) is not None:
         return Study(record, grey=grey)
     flips = [flip for flip in flips if can_mirror(record, flip)]
-    moved = _moved(record, rule, rng, SquareMove("left_right" in flips, "up_down" in flips))
-    return Study(moved.record, moved.move, grey)
+    return dataclasses.replace(moved_study(record, rule, rng, flips), grey=grey)
 
 
-def _moved(record: Record, rule: AugmentRule, rng: random.Random, mirrored: SquareMove) -> Study:
-    """The record after the first movement drawn that keeps its lesions and its text true; else only mirrored, or as it is."""
+def why_unmoved(record: Record, rule: AugmentRule) -> Optional[str]:
+    """Why no epoch moves the record, whatever it draws and whatever its text; None if one may."""
+    if is_plain_item(record):
+        return PLAIN
+    if record_faults(record):
+        return INVALID
+    if not asks_for_boxes(record):
+        return REPORTS
+    if not rule.flips and not moves_more_than_mirrors(rule):
+        return MOVES_NOTHING
+    return None
+
+
+def moves_more_than_mirrors(rule: AugmentRule) -> bool:
+    """Whether the rule turns, zooms or shifts."""
+    return (rule.rotation, *rule.zoom, rule.shift) != (0, 1, 1, 0)
+
+
+def mirrorings(record: Record, rule: AugmentRule) -> list[str]:
+    """The mirrorings that the rule allows and the record's text can follow, `FLIPS` or some of them."""
+    return [flip for flip in FLIPS if flip in rule.flips and can_mirror(record, flip)]
+
+
+def moved_study(record: Record, rule: AugmentRule, rng: random.Random, flips: Sequence[str]) -> Study:
+    """The record after the first movement drawn that keeps its lesions and its text true; else only mirrored, or as it is.
+
+    Args:
+        record: a valid one, of which `why_unmoved` is None.
+        flips: mirrorings to take, of `mirrorings`.
+    """
     templated = is_templated(record)
     if has_fixed_places(record, templated):
         return Study(record)
+    mirrored = SquareMove("left_right" in flips, "up_down" in flips)
     before = record_geometry(record).to_square(true_boxes(record))
     for _ in range(TRIES):
         move = _draw_move(rule, rng, mirrored)
