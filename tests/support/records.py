@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -74,4 +75,12 @@ def grounded_records(folder: Path) -> Path:
         record |= {"image_size": [64, 48], "source": "test", "modality": "CT", "patient": str(i)}
         record["answer_type"] = "grounded" if boxes else "negative"
     file.write_text(json.dumps(records))
+    return file
+
+
+def records_of_four_patients(folder: Path, **more: Any) -> Path:
+    """Eight records of `grounded_records`, two of each patient, with these keys besides."""
+    file = grounded_records(folder)
+    kept = [{**record, "patient": f"p{i // 2}"} for i, record in enumerate(json.loads(file.read_text())[:8])]
+    file.write_text(json.dumps([{**record, **more} for record in kept]))
     return file

@@ -22,7 +22,7 @@ import numpy as np
 from umed_plugin import files
 from umed_plugin.data.items import ItemsCheck, as_meant
 from umed_plugin.data.json_list import Placed, items_of
-from umed_plugin.data.records import Record, RecordsCheck
+from umed_plugin.data.records import FILE_NAME, Record, RecordsCheck
 from umed_plugin.errors import UmedError, warn
 from umed_plugin.files import text_bytes
 from umed_plugin.files.kept_arrays import kept_arrays
@@ -55,8 +55,9 @@ class Index:
         columns: arrays [n]: ``start`` and ``length`` of its text in the file, in bytes; ``words`` of its turns; ``has_image``;
             ``has_reading`` (LLaVA does not read the image as it was annotated); ``labelled`` (it has true boxes, or is known to
             have none); ``has_boxes`` (it has true boxes); ``probe`` (stage 1's alone, see `umed_plugin.data.probes`); ``report``
-            (its answer has no boxes); ``has_patient``; ``patient``, a hash of source and patient, or of the image, in 0 to 2^63
-            - 1; ``picture``, `picture_hash` of its image, or -1 without one; ``split`` and ``aspect``, as places in ``names``.
+            (its answer has no boxes); ``has_patient``, one that is not only the file's name; ``patient``, a hash of source and
+            patient, or of the image, in 0 to 2^63 - 1; ``picture``, `picture_hash` of its image, or -1 without one; ``split`` and
+            ``aspect``, as places in ``names``.
         names: splits and values of image_aspect_ratio that occur; the empty text stands for none.
         warnings: of the check of all items, without the file's name.
     """
@@ -248,7 +249,7 @@ def _row(placed: Placed, item: Record, names: dict[str, int]) -> tuple[int, ...]
     known = (_is_labelled(item), _has_boxes(item), *kinds)
     image = item.get("image")
     picture = picture_hash(image) if isinstance(image, str) and image else -1
-    whose = (bool(item.get("patient")), _patient_hash(item), picture)
+    whose = (_names_patient(item), _patient_hash(item), picture)
     return (placed.start, placed.length, words, "image" in item, bool(item.get("reading")), *known, *whose, *codes)
 
 
@@ -258,6 +259,12 @@ def _is_labelled(item: Record) -> bool:
 
 def _has_boxes(item: Record) -> bool:
     return _is_labelled(item) and bool(item["objects"].get("bbox"))
+
+
+def _names_patient(item: Record) -> bool:
+    """Whether the record knows whose it is. A patient who is called as the file is, is nobody's."""
+    provenance = item.get("provenance")
+    return bool(item.get("patient")) and not (isinstance(provenance, dict) and provenance.get("patient") == FILE_NAME)
 
 
 def _patient_hash(item: Record) -> int:

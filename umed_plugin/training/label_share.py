@@ -50,6 +50,7 @@ def own_share(
             "and 'source' of a record say whose it is. Studies of one image cannot be in both stages."
         )
     told = f"--umed_label_share {share:g} divides {whole} by patient: {divided}. This is stage {1 + (stage != TUNING)}."
+    told = " ".join([told, *_by_image(records, labelled)])
     if stage != TUNING:
         return records.where(theirs), told
     return records.where(~shared), " ".join([told, *_left_out(records, shared & ~theirs), *_unsure(records, ~shared)])
@@ -57,6 +58,17 @@ def own_share(
 
 def _labelled(records: JoinedRecords) -> np.ndarray:
     return records.column("labelled") & ~records.column("probe") & ~records.column("report")
+
+
+def _by_image(records: JoinedRecords, labelled: np.ndarray) -> list[str]:
+    """A sentence where studies name no patient: two images of one may be in both stages then."""
+    nameless = int((labelled & ~records.column("has_patient")).sum())
+    if not nameless:
+        return []
+    return [
+        f"{nameless} of {int(labelled.sum())} labelled studies name no patient. Each of their images counts as a patient, so "
+        "images of one patient may be in both stages. A recipe's split.patient_pattern or a column says whose they are."
+    ]
 
 
 def _about_same(records: JoinedRecords, studies: np.ndarray, image_folder: str) -> np.ndarray:

@@ -80,7 +80,8 @@ class LocalizationCurriculum:
         """0.0 or 1.0 for each completion."""
         scores = [score_answer(*answer) for answer in zip(completions, record, geometry)]
         self._questions = [
-            [score.set_iou for score in group] if group[0].n_true else None for group in self._by_question(scores, record)
+            [score.set_iou for score in group] if group[0].n_true else None
+            for group in self._by_question(scores, record)
         ]
         return [float(score.set_iou >= self.threshold) for score in scores]
 

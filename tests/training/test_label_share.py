@@ -1,0 +1,172 @@
+"""``--umed_label_share``: the stages divide the labelled studies by patient, and stage 1 has nothing about those of stage 2."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.records import records_of_four_patients, write_records
+from support.tuning import make_dataset, make_tokenizer
+
+from umed_plugin.data.record_file import _patient_hash
+from umed_plugin.errors import UmedError
+from umed_plugin.training.label_share import own_share
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Path:
+    return records_of_four_patients(tmp_path / "data")
+
+
+def test_the_stages_divide_the_labelled_studies_by_patient(records: Path, tokenizer: Any, capsys: Any) -> None:
+    items = json.loads(records.read_text())
+    plain = json.loads(write_records(records.parent / "more", count=3).read_text())
+    for n in range(10):
+        for item in items:
+            shutil.copy(records.parent / item["image"], records.parent / f"{n}-{item['image']}")
+    items = [
+        {**item, **{name: f"{n}-{item[name]}" for name in ("id", "patient", "image")}}
+        for n in range(10)
+        for item in items
+    ]
+    items += [{**item, "id": f"plain-{item['id']}", "image": f"more/{item['image']}"} for item in plain]
+    records.write_text(json.dumps(items))
+    first = make_dataset(records, tokenizer, umed_label_share=0.3)
+    names = {record["id"] for record in first.list_data_dict}
+    records.write_text(json.dumps(items[::-1]))
+    again = make_dataset(records, tokenizer, umed_label_share=0.3)
+    assert names == {record["id"] for record in again.list_data_dict}, "the order of the file does not count"
+    assert sum(name.startswith("plain-") for name in names) == 3, "what has no boxes is stage 1's"
+    patients = {item["patient"] for item in items[:80] if item["id"] in names}
+    assert names - {f"plain-{item['id']}" for item in plain} == {
+        item["id"] for item in items[:80] if item["patient"] in patients
+    }
+    assert 5 <= len(patients) <= 20
+    told = capsys.readouterr().out
+    studies = 2 * len(patients)
+    assert (
+        f"divides 80 labelled studies of 40 patients by patient: stage 1 {studies} labelled studies of {len(patients)} "
+        in told
+    )
+    assert f"stage 2 {80 - studies} labelled studies of {40 - len(patients)} patients. This is stage 1." in told
+
+    whole = make_dataset(records, tokenizer).list_data_dict
+    others, told = own_share(whole, 0.3, "rewarding")
+    rest = {record["id"] for record in others}
+    assert not rest & names and rest | names == {item["id"] for item in items} and told.endswith("This is stage 2.")
+
+
+def test_the_records_of_an_image_without_a_patient_are_of_one_stage(records: Path, tokenizer: Any) -> None:
+    """As an evaluation counts them. A record without patient and image is one by itself."""
+    studies = [{**item, "patient": ""} for item in json.loads(records.read_text())]
+    again = [
+        {**item, "id": f"again-{item['id']}", "source": "other", "image": f"./{item['image']}"} for item in studies
+    ]
+    records.write_text(json.dumps(studies + again))
+    whole = make_dataset(records, tokenizer, umed_label_share=0.5).list_data_dict
+    names = {record["id"] for record in whole}
+    assert names and names == {name[6:] if name.startswith("again-") else f"again-{name}" for name in names}
+    texts = [_patient_hash({"id": name, "source": "s"}) for name in ("a", "b")]
+    assert len({*texts, _patient_hash({"id": "a", "source": "s", "patient": "p"})}) == 3
+
+
+def test_probes_and_reports_are_no_labelled_studies(records: Path, tokenizer: Any, capsys: Any) -> None:
+    """Both stages say the same counts, and no study of stage 2 is asked about in stage 1."""
+    studies = json.loads(records.read_text())
+    probes = [{**item, "id": f"probe-{item['id']}", "answer_type": "probe"} for item in studies]
+    objects = {"ref": ["nodule"], "bbox": []}
+    reports = [{**item, "id": f"report-{item['id']}", "answer_type": "report", "objects": objects} for item in studies]
+    records.write_text(json.dumps(studies + probes + reports))
+    shares = {}
+    for stage in ("instruction_tuning", "rewarding"):
+        dataset = make_dataset(records, tokenizer, umed_label_share=0.5, umed_stage=stage)
+        shares[stage] = [str(record["id"]) for record in dataset.list_data_dict]
+    told = [line for line in capsys.readouterr().out.splitlines() if "--umed_label_share" in line]
+    assert len(told) == 2 and all("divides 8 labelled studies of 4 patients" in line for line in told)
+    names = {record["id"] for record in studies}
+    own = set(shares["rewarding"])
+    assert own < names and own
+    expected = {f"{kind}{name}" for name in names - own for kind in ("", "probe-", "report-")}
+    assert set(shares["instruction_tuning"]) == expected
+    left = f"{len(own)} probes, {len(own)} reports"
+    assert told[0].endswith(f"stage 1. Left out, since they are about patients or images of stage 2: {left}.")
+    assert told[1].endswith("This is stage 2.")
+
+
+def test_stage_1_has_nothing_about_patients_or_images_of_stage_2(records: Path, tokenizer: Any, capsys: Any) -> None:
+    """A plain item may say what its image shows. Its path may be absolute where a record's is relative, and the reverse."""
+    studies = json.loads(records.read_text())
+    folder = records.parent
+
+    def plain(name: str, **more: Any) -> dict[str, Any]:
+        turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A cyst in the upper left."}]
+        return {"id": name, **more, "conversations": turns}
+
+    for number, study in enumerate(studies):
+        study["image"] = str(folder / study["image"]) if number % 4 < 2 else study["image"]
+    names = {Path(study["image"]).name: study["id"] for study in studies}
+    for name in ("unseen.png", "later.png"):
+        shutil.copy(folder / next(iter(names)), folder / name)
+    items = [
+        plain(f"{form}{owner}", image=path)
+        for name, owner in names.items()
+        for form, path in (("relative-", f"./{name}"), ("absolute-", str(folder / name)))
+    ]
+    # A patient's other image, and the same image in an item that does not name the patient.
+    of_patient = {study["id"]: {"patient": study["patient"], "source": study["source"]} for study in studies[::2]}
+    reports = [plain(f"text-{name}", **whose) for name, whose in of_patient.items()]
+    nameless = [plain("by-nobody"), plain("of-nobody", image="unseen.png")]
+    records.write_text(json.dumps([*studies, *items, *reports, *nameless]))
+    kept = {record["id"] for record in make_dataset(records, tokenizer, umed_label_share=0.5).list_data_dict}
+    told = next(line for line in capsys.readouterr().out.splitlines() if "--umed_label_share" in line)
+    own = {study["id"] for study in studies} & kept
+    assert own and len(own) < len(studies)
+    pairs = {f"{form}{name}" for form in ("relative-", "absolute-") for name in own}
+    texts = {f"text-{name}" for name in of_patient if name in own}
+    assert kept == own | pairs | texts | {"by-nobody", "of-nobody"}
+    gone = 2 * (len(studies) - len(own)) + len(reports) - len(texts)
+    assert f"patients or images of stage 2: {gone} items without true boxes. " in told
+    assert f"Kept, since the image is not stage 2's: {len(pairs) + 1} items that name no patient. " in told
+    assert told.endswith("Kept: 1 item that names neither patient nor image.")
+
+    theirs = next(study for study in studies if study["id"] not in own)
+    whose = {"patient": theirs["patient"], "source": theirs["source"]}
+    chain = [plain("later", image="later.png", **whose), plain("again", image="later.png")]
+    other = {**next(study for study in studies if study["id"] in own), "id": "same picture", "image": theirs["image"]}
+    records.write_text(json.dumps([*studies, *chain, other]))
+    again = {record["id"] for record in make_dataset(records, tokenizer, umed_label_share=0.5).list_data_dict}
+    assert again == own
+    told = next(line for line in capsys.readouterr().out.splitlines() if "--umed_label_share" in line)
+    assert f"stage 1 {len(own)} labelled studies of" in told
+    assert told.endswith("images of stage 2: 1 labelled study, 2 items without true boxes.")
+
+
+def test_a_share_that_leaves_a_stage_without_studies_is_refused(records: Path, tokenizer: Any) -> None:
+    with pytest.raises(
+        UmedError, match=r"0.001 divides 8 labelled studies of 4 patients .* stage 1 0 labelled studies of 0"
+    ):
+        make_dataset(records, tokenizer, umed_label_share=0.001)
+    plain = write_records(records.parent / "plain")
+    with pytest.raises(UmedError, match="divides 0 labelled studies of 0 patients"):
+        make_dataset(plain, tokenizer, umed_label_share=0.5)
+
+
+def test_studies_that_name_no_patient_are_counted(records: Path, tokenizer: Any, capsys: Any) -> None:
+    """A patient who is called as the file is, is not known. Two images of a person may then be in both stages."""
+    studies = json.loads(records.read_text())
+    make_dataset(records, tokenizer, umed_label_share=0.5)
+    assert "name no patient" not in capsys.readouterr().out
+    studies[0]["patient"] = ""
+    studies[1]["provenance"]["patient"] = "file name"
+    records.write_text(json.dumps(studies))
+    for stage in ("instruction_tuning", "rewarding"):
+        make_dataset(records, tokenizer, umed_label_share=0.5, umed_stage=stage)
+        assert "2 of 8 labelled studies name no patient. Each of their images counts" in capsys.readouterr().out
