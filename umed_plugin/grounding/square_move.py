@@ -118,8 +118,8 @@ def image_in_square(record: Mapping[str, Any], geometry: ImageGeometry) -> Box:
         >>> wide = ImageGeometry(200, 100)
         >>> image_in_square({}, wide)
         (0.0, 0.25, 1.0, 0.75)
-        >>> image_in_square({"augmented": {"angle": 90.0, "shift": [0.0, 0.125]}}, wide)
-        (0.25, 0.125, 0.75, 1.0)
+        >>> image_in_square({"augmented": {"zoom": 0.5, "shift": [0.0, 0.25]}}, wide)
+        (0.25, 0.625, 0.75, 0.875)
     """
     (image,) = geometry.to_square([(0, 0, geometry.width, geometry.height)])
     augmented = record.get("augmented")
