@@ -113,10 +113,14 @@ def moved_record(record: Record, move: SquareMove, templated: bool) -> Optional[
     if any(moved[name] is None for name in _TEXTS if name in moved):
         return None
     boxes = _Boxes(move, before, after)
-    turns = _written(moved) if templated else _moved_turns(record, flips, boxes)
-    if turns is None or (move.resamples and not boxes.stay_in_place() and _says_where(record, templated)):
+
+    def strays() -> bool:
+        return move.resamples and not boxes.stay_in_place() and _says_where(record, templated)
+
+    if strays():  # most movements of such a text, and it costs less than its turns
         return None
-    return {**moved, "conversations": turns}
+    turns = _written(moved) if templated else _moved_turns(record, flips, boxes)
+    return None if turns is None or strays() else {**moved, "conversations": turns}
 
 
 class _Boxes:
