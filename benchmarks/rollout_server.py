@@ -156,7 +156,8 @@ def stage_2(options: argparse.Namespace, start: Path, output: Path, *more: str) 
     state = json.loads((output / f"checkpoint-{options.steps}" / "trainer_state.json").read_text())
     history = state["log_history"]
     ended = json.loads((output / "trainer_state.json").read_text())["log_history"][-1]
-    names = ("importance_ratio", "importance_ratio_max", "importance_truncated", "server_difference")
+    names = ("importance_ratio", "importance_ratio_max", "importance_truncated")
+    names += ("server_difference", "server_difference_without_adapter")
     logged = {name: [entry[name] for entry in history if name in entry] for name in names}
     rewards = [entry["reward/total"] for entry in history if "reward/total" in entry]
     return {

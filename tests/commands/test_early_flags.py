@@ -79,7 +79,8 @@ def test_a_silent_server_of_an_evaluation_gets_advice_that_the_command_can_follo
 
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
-        server = _server_of(SimpleNamespace(server=url, allow_remote=False, server_adapters=None))
+        given = {"allow_remote": False, "server_adapters": None, "server_max_difference": None}
+        server = _server_of(SimpleNamespace(server=url, **given))
         object.__setattr__(server, "timeout", 0.1)
         with pytest.raises(UmedError, match=r"no reply within 0.1 s.*Give the same command again, or see") as caught:
             server.base_model()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -44,7 +45,24 @@ def test_another_model_is_refused(tiny_mistral, records, tmp_path, capsys):
     other = make_checkpoint(tmp_path / "llava-mistral-other", seed=1)
     with stand_in(sampling(other)) as server:
         assert evaluated(tiny_mistral, records, tmp_path / "out", "--server", server.url) == 1
-    assert "It holds another model or adapter" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "It holds another model or adapter" in said and "0.1 (--server-max-difference)" in said
+        # What is allowed is the user's, and the distance is told.
+        more = ["--server", server.url, "--server-max-difference", "50"]
+        assert evaluated(tiny_mistral, records, tmp_path / "all-the-same", *more) == 0
+    assert re.search(r"over its first \d+ tokens, its log-probabilities differ by \S+ nats", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("most", ["0.1", "50"])
+def test_a_server_that_does_not_apply_the_adapter_is_refused(
+    most, tiny_mistral, records, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("umed_plugin.model.server_comparison.LEAST_TOKENS", 30)
+    lora, complete = write_lora(tiny_mistral, tmp_path / "llava-mistral-lora"), sampling(tiny_mistral)
+    more = ["--base", str(tiny_mistral), "--server-max-difference", most]
+    with stand_in(lambda body, folder: complete(body, None)) as server:
+        assert evaluated(lora, records, tmp_path / "out", *more, "--server", server.url) == 1
+    assert "accepts the adapter, but answers without it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("wrong", [10**6, -1, 10**30, float("inf")])
@@ -88,7 +106,11 @@ def test_the_adapter_is_removed_at_the_end_and_the_folder_is_not(monkeypatch, tm
     ends, forgotten = [], []
     monkeypatch.setattr("atexit.register", lambda *call: ends.append(call))
     server = SimpleNamespace(
-        base_model=lambda: "base", load_adapter=lambda *told: None, unload_adapter=forgotten.append, adapters_flag=""
+        url="",
+        base_model=lambda: "base",
+        load_adapter=lambda *told: None,
+        unload_adapter=forgotten.append,
+        adapters_flag="",
     )
     for adapters in (None, tmp_path):
         writer = ServerWriter(server, SimpleNamespace(peft_config={}), adapters)
@@ -106,6 +128,9 @@ def test_the_adapter_is_removed_at_the_end_and_the_folder_is_not(monkeypatch, tm
         (["--server", "8000"], "must be an address"),
         (["--allow-remote"], "--allow-remote has no effect without --server"),
         (["--server-adapters", "shared"], "--server-adapters has no effect without --server"),
+        (["--server-max-difference", "1"], "--server-max-difference has no effect without --server"),
+        (["--server", "http://127.0.0.1:9/v1", "--server-max-difference", "0"], "needed: a number of nats above 0"),
+        (["--server", "http://127.0.0.1:9/v1", "--server-max-difference", "nan"], "needed: a number of nats above 0"),
         (["--server", "http://127.0.0.1:9/v1", "--server-adapters", "shared"], "holds no adapter"),
     ],
 )

@@ -113,7 +113,7 @@ def reply(body: dict[str, Any], token_ids: list[list[int]], log_probs: list[list
     return Answer({"id": "cmpl-1", "object": "text_completion", "model": body["model"], "choices": choices, **changes})
 
 
-def sampling(checkpoint: Path) -> Complete:
+def sampling(checkpoint: Path, dtype: str = "float32") -> Complete:
     """Answers of the checkpoint's own language model, by the plugin's loop, with the adapter that is asked."""
     import torch
     from safetensors.torch import load_file
@@ -123,7 +123,7 @@ def sampling(checkpoint: Path) -> Complete:
     from umed_plugin.model.output_layer import Scoring
     from umed_plugin.model.sampling import SamplingSettings, generate
 
-    tokenizer, model, _ = load_checkpoint(checkpoint, device="cpu")
+    tokenizer, model, _ = load_checkpoint(checkpoint, device="cpu", dtype=getattr(torch, dtype))
     lock = threading.Lock()
 
     @contextmanager
@@ -140,7 +140,8 @@ def sampling(checkpoint: Path) -> Complete:
                         name.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
                     )
                     before[weight] = weight.data.clone()
-                    weight.data += config["lora_alpha"] / config["r"] * (up.float() @ down.float())
+                    change = config["lora_alpha"] / config["r"] * (up.float() @ down.float())
+                    weight.data = (weight.data + change).to(weight.dtype)
         yield
         for weight, values in before.items():
             weight.data = values
@@ -149,9 +150,9 @@ def sampling(checkpoint: Path) -> Complete:
     def complete(body: dict[str, Any], folder: str | None) -> Answer:
         rows = [torch.load(io.BytesIO(base64.b64decode(text)), weights_only=True) for text in body["prompt_embeds"]]
         longest = max(map(len, rows))
-        embeds = torch.stack([torch.nn.functional.pad(row.float(), (0, 0, longest - len(row), 0)) for row in rows])
+        embeds = torch.stack([torch.nn.functional.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
         mask = torch.stack([(torch.arange(longest) >= longest - len(row)).long() for row in rows])
-        prompts = PromptBatch(embeds, mask, torch.zeros(len(rows), dtype=torch.long), 0)
+        prompts = PromptBatch(embeds.to(model.dtype), mask, torch.zeros(len(rows), dtype=torch.long), 0)
         eos = tokenizer.eos_token_id
         settings = SamplingSettings(body["max_tokens"], eos, body["temperature"], num_candidates=body["n"])
         with lock, adapted(folder):

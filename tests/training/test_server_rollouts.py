@@ -26,6 +26,7 @@ from umed_plugin.training.rollout_engine import Ranks, ServerRollouts
 
 LORA = ["--lora_enable", "True", "--lora_r", "4", "--umed_rewards", "half:half", "--umed_reward_weights", "1"]
 STEPS = [*LORA, "--max_steps", "4", "--save_steps", "4"]
+LONG = ["--max_steps", "12", "--save_steps", "12", "--learning_rate", "1e-3", "--lora_r", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +195,39 @@ def test_another_model_is_found_before_anything_is_learnt(tiny_mistral, records,
     assert "Nothing was learnt yet." in done.stderr
 
 
+def test_a_server_that_takes_adapters_and_never_applies_them_ends_the_run(tiny_mistral, records, complete, tmp_path):
+    """The distance to the model here is far below what is allowed: the server is nearer to the model without the adapter."""
+    with stand_in(lambda body, folder: complete(body, None)) as server:
+        done = run(tiny_mistral, records, tmp_path / "out", server, *LONG, "--umed_rollout_max_difference", "9")
+    assert done.returncode == 1, done.stdout[-2000:]
+    (said,) = re.findall(r"umed: error: (.*)", done.stderr)
+    assert "accepts the adapter, but answers without it" in said and "Traceback" not in done.stderr
+    step = int(re.search(r"training stopped after step (\d+)", said).group(1))
+    assert step < 12 and said.endswith(
+        f"{tmp_path / 'out' / f'checkpoint-{step}'}. The same command goes on from there."
+    )
+    assert max(logged(tmp_path / "out", "server_difference_without_adapter")) < 1e-4
+
+    with stand_in(complete) as server:
+        more = run(tiny_mistral, records, tmp_path / "out", server, *LONG, "--umed_rollout_max_difference", "9")
+    assert more.returncode == 0, more.stderr[-2000:]
+    # The adapter goes on from the checkpoint, so the policy is not the one that the server holds.
+    distances = zip(
+        logged(tmp_path / "out", "server_difference"), logged(tmp_path / "out", "server_difference_without_adapter")
+    )
+    assert all(own < 1e-4 < 0.01 < without for own, without in list(distances)[step:])
+
+
+def test_a_server_that_rounds_to_16_bits_is_used(tiny_mistral, records, tmp_path):
+    with stand_in(sampling(tiny_mistral, "bfloat16")) as server:
+        done = run(tiny_mistral, records, tmp_path / "out", server, *LONG)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rounding, moved = (
+        logged(tmp_path / "out", name)[-1] for name in ("server_difference", "server_difference_without_adapter")
+    )
+    assert 1e-4 < rounding < moved
+
+
 def test_an_adapter_that_cannot_be_loaded_ends_the_run(tiny_mistral, records, complete, tmp_path):
     with stand_in(complete) as server:
         server.may_load = False
@@ -253,7 +287,9 @@ def test_weights_are_ratios_up_to_the_cap():
     found = importance_weights(own, server, cap=3.0)
     wanted = torch.tensor([[0.0, 0.5, 9.0], [0.0, -8.0, 0.0]]).exp().clamp(max=3)
     torch.testing.assert_close(found, wanted)
-    measured = importance_metrics(own, server, mask, cap=3.0)
+    measured = importance_metrics(own, server, mask, cap=3.0, without_adapter=server - 0.25)
     assert measured["importance_ratio_max"] == pytest.approx(2.718281828**3)
     assert measured["importance_truncated"] == pytest.approx(1 / 5)
     assert measured["server_difference"] == pytest.approx((0 + 0.5 + 3 + 0 + 8) / 5)
+    assert measured["server_difference_without_adapter"] == pytest.approx(0.25)
+    assert "server_difference_without_adapter" not in importance_metrics(own, server, mask, cap=3.0)

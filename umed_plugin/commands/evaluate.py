@@ -12,6 +12,7 @@ from umed_plugin import files
 from umed_plugin.commands.machine import add_dtype_flag
 from umed_plugin.commands.similar_flags import add_similar_flags, check_similar_flags
 from umed_plugin.errors import UmedError, UsageError, note, warn
+from umed_plugin.remote.settings import ROLLOUT_MAX_DIFFERENCE
 from umed_plugin.terminal.console import console as make_console
 from umed_plugin.terminal.progress import add_quiet_flag, progress
 from umed_plugin.terminal.text import one_line
@@ -128,6 +129,13 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="write the adapter of a LoRA folder here, where the server of --server can read it (default: a temporary folder, "
         "which only a server of this user on this machine can read)",
     )
+    parser.add_argument(
+        "--server-max-difference",
+        metavar="NATS",
+        type=float,
+        help="largest mean difference of the server's log-probabilities from those here, in nats a token; above it the server "
+        f"holds another model (default: {ROLLOUT_MAX_DIFFERENCE:g})",
+    )
     parser.add_argument("--batch-size", metavar="N", type=int, default=16, help="questions at a time (default: 16)")
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=int, help="longest answer (default: the benchmark's; 128 for recipes)"
@@ -170,6 +178,8 @@ def run(args: argparse.Namespace) -> int:
     how = {"split": args.split, "limit": args.limit, "out": args.out, "dialect": dialect}
     how.update(similar=args.similar, similar_from=args.similar_from)
     how.update({name: getattr(args, name) for name in _SETTINGS}, server=server)
+    if args.server_max_difference is not None:
+        how.update(server_max_difference=args.server_max_difference)
     how.update(compare_with=before)
     how.update(report_as=args.report_as, report_scores=args.report_scores)
     with progress("answering", "question") as advance:
@@ -232,8 +242,14 @@ def _server_of(args: argparse.Namespace) -> RolloutServer | None:
     from umed_plugin.remote.rollout_server import RolloutServer
     from umed_plugin.remote.settings import rollout_server_faults
 
+    most = args.server_max_difference
     if args.server is None:
-        for flag, value in (("--allow-remote", args.allow_remote), ("--server-adapters", args.server_adapters)):
+        given = (
+            ("--allow-remote", args.allow_remote),
+            ("--server-adapters", args.server_adapters),
+            ("--server-max-difference", most is not None),
+        )
+        for flag, value in given:
             if value:
                 raise UsageError(f"{flag} has no effect without --server.")
         return None
@@ -241,6 +257,8 @@ def _server_of(args: argparse.Namespace) -> RolloutServer | None:
         raise UsageError(
             f"--server-adapters {args.server_adapters} has no effect: {args.checkpoint} holds no adapter. Remove it."
         )
+    if most is not None and not 0 < most < math.inf:
+        raise UsageError(f"--server-max-difference is {most:g}; needed: a number of nats above 0.")
     for fault in rollout_server_faults("--server", args.server, "--allow-remote", args.allow_remote):
         raise UsageError(fault)
     return RolloutServer(args.server.rstrip("/"), timeout_flag=None, adapters_flag="--server-adapters")

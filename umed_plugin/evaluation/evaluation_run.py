@@ -25,6 +25,7 @@ from umed_plugin.grounding.dialects import LLAVA, BoxDialect
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import Answerer, AnswererSettings, ModelAnswer
 from umed_plugin.remote.rollout_server import RolloutServer
+from umed_plugin.remote.settings import ROLLOUT_MAX_DIFFERENCE
 
 _POLL = 0.5  # seconds between looks at the answers of other processes
 _SAY_EVERY = 30.0  # seconds
@@ -47,6 +48,7 @@ class EvaluationSettings:
         on_bad_image: ``stop`` at missing images, or ``skip`` them; for recipes also at unreadable ones.
         server: rollout server that writes the answers; None: this process does.
         server_adapters: folder where the server reads the adapter of a LoRA folder; None: a temporary one.
+        server_max_difference: largest mean distance of the server's log-probabilities from those here, in nats a token.
         give_box: of a recipe: give the true boxes in the question, and judge the diagnosis alone.
         pseudo_boxes: measure records against pseudo-boxes too, which no person drew.
         similar: what is said before each question of similar training studies; None: nothing.
@@ -66,6 +68,7 @@ class EvaluationSettings:
     on_bad_image: str = "stop"
     server: RolloutServer | None = None
     server_adapters: Path | None = None
+    server_max_difference: float = ROLLOUT_MAX_DIFFERENCE
     give_box: bool = False
     pseudo_boxes: bool = False
     similar: SimilarCases | None = None
@@ -186,6 +189,7 @@ def _answerer(
         max_new_tokens=settings.max_new_tokens or benchmark.max_new_tokens,
         server=settings.server,
         server_adapters=settings.server_adapters,
+        server_max_difference=settings.server_max_difference,
     )
     return Answerer(checkpoint, answerer_settings)
 

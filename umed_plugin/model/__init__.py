@@ -10,5 +10,7 @@
 - `umed_plugin.model.heat_map`: the same attention as a map, for the eye
 - `umed_plugin.model.sharding`: full parameters under ZeRO-3
 - `umed_plugin.model.shared_prefix`: questions about one image share its encoding and its KV cache
+- `umed_plugin.model.server_sampling`: a rollout server samples instead of this process
+- `umed_plugin.model.server_comparison`: whether that server holds the same model
 - `umed_plugin.model.answerer`: a checkpoint loaded for answering; `AnswererSettings`
 """

@@ -19,6 +19,7 @@ from umed_plugin.errors import UmedError, warn
 from umed_plugin.grounding.dialects import LLAVA, BoxDialect
 from umed_plugin.grounding.processor import GIVE_SIZES, missing_size, processor_fault
 from umed_plugin.grounding.scoring import Scorer
+from umed_plugin.remote.settings import ROLLOUT_MAX_DIFFERENCE
 
 if TYPE_CHECKING:
     from umed_plugin.model.shared_prefix import Continuation
@@ -82,6 +83,7 @@ class AnswererSettings:
         max_new_tokens: longest answer.
         server: rollout server that writes the answers; None: this process does.
         server_adapters: folder where the server reads the adapter of a LoRA folder; None: a temporary one.
+        server_max_difference: largest mean distance of the server's log-probabilities from those here, in nats a token.
     """
 
     base: Path | str | None = None
@@ -94,6 +96,7 @@ class AnswererSettings:
     max_new_tokens: int = 128
     server: RolloutServer | None = None
     server_adapters: Path | None = None
+    server_max_difference: float = ROLLOUT_MAX_DIFFERENCE
 
 
 class Answerer:
@@ -259,7 +262,7 @@ def _server_writer(settings: AnswererSettings, model: Any) -> Any:
     from umed_plugin.model.server_answering import ServerWriter
 
     assert settings.server is not None
-    return ServerWriter(settings.server, model, settings.server_adapters)
+    return ServerWriter(settings.server, model, settings.server_adapters, settings.server_max_difference)
 
 
 def image_key(path: str, reading: Reading | None) -> tuple[str, str]:

@@ -131,23 +131,6 @@ def mean_difference(own: Tensor, sampled: Tensor, mask: Tensor) -> float:
     return (((own.float() - sampled).abs() * mask).sum() / mask.sum().clamp(min=1)).item()
 
 
-def difference_fault(difference: float, most: float, url: str) -> str | None:
-    """Why the server's model cannot be this one, from the mean difference of the answers' log-probabilities; None if it can.
-
-    Args:
-        difference: in nats, over the sampled tokens.
-        most: the largest allowed.
-        url: of the server.
-    """
-    if difference <= most:
-        return None
-    return (
-        f"{url}: its log-probabilities of its own answers differ from ours by {difference:.2g} nats a token on average. "
-        f"Allowed: {most:g}. It holds another model or adapter, or lacks --logprobs-mode processed_logprobs. Start it from the "
-        "checkpoint that is in use here: umed rollout-server CKPT"
-    )
-
-
 def write_adapter(policy: Any, folder: Path, flag: str = "--umed_rollout_adapters") -> Path:
     """Write the policy's LoRA adapter of the language model as PEFT's two files, in the precision of the weights below it.
 

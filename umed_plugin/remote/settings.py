@@ -24,6 +24,8 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 ADDRESS_VARIABLE = "OPENAI_BASE_URL"
 OPENAI_ADDRESS = "https://api.openai.com/v1"
 ROLLOUT_KEY_VARIABLE = "UMED_ROLLOUT_API_KEY"
+# Largest mean difference of a rollout server's log-probabilities from ours, in nats a token, unless a flag says otherwise.
+ROLLOUT_MAX_DIFFERENCE = 0.1
 SET_BY_US = ("model", "messages", "stream", "n")
 
 _MOST_TOKENS = 2**53  # above it, a sum of floats is no longer exact

@@ -1,4 +1,8 @@
-"""The passes of policy and reference over sampled answers: steps 3 and 4 of `umed_plugin.training.experience_maker`."""
+"""The passes of policy and reference over sampled answers: steps 3 and 4 of `umed_plugin.training.experience_maker`.
+
+Where a rollout server has sampled them, there is one more: of the policy with its adapter off. It differs from the reference by
+what else has been trained, such as the projector, which no server holds. `umed_plugin.model.server_comparison` compares both.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +31,7 @@ class Scores:
     log_probs: Tensor | None
     values: Tensor | None
     reference_log_probs: Tensor | None
+    log_probs_without_adapter: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class AnswerPasses:
         reference: for the KL, or None.
         needs_log_probs: whether the log-probabilities of the old policy are needed before the update's own pass.
         lesions: where vision relevance looks, if a pass has to measure it; or None.
+        without_adapter: whether the policy with its adapter off makes a pass too.
     """
 
     scoring: Scoring
@@ -48,6 +54,7 @@ class AnswerPasses:
     reference: ReferencePolicy | None
     needs_log_probs: bool
     lesions: Lesions | None
+    without_adapter: bool = False
 
     def scores(self, policy: Any, queries: Queries, candidates: Candidates, learning: bool) -> Scores:
         """The passes of policy and reference over the candidates of one batch; ``learning``: the mode that updates run in."""
@@ -60,6 +67,7 @@ class AnswerPasses:
             _log_probs(outputs) if needs_log_probs and outputs is not None else None,
             None if self.value_head is None or outputs is None else self.value_head(outputs.hidden),
             self._reference_log_probs(policy, queries, candidates, learning),
+            self._log_probs_without_adapter(policy, prompts, candidates, learning),
         )
 
     @contextmanager
@@ -120,6 +128,15 @@ class AnswerPasses:
         with self._as_updates_run(policy, learning), self.reference.as_reference(policy):
             # The projector is trained, so the prompts are embedded anew under the reference.
             prompts = embed_prompts(policy, queries.prompt_ids, queries.features)
+            return _log_probs(answer_pass(policy, prompts, candidates, packed=self.packed, scoring=self.scoring))
+
+    def _log_probs_without_adapter(
+        self, policy: Any, prompts: PromptBatch, candidates: Candidates, learning: bool
+    ) -> Tensor | None:
+        """[N, T] under the policy with its adapter off, behind the same embedded prompts; None if it is not wanted."""
+        if not self.without_adapter:
+            return None
+        with self._as_updates_run(policy, learning), policy.disable_adapter():
             return _log_probs(answer_pass(policy, prompts, candidates, packed=self.packed, scoring=self.scoring))
 
 

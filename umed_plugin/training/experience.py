@@ -44,6 +44,7 @@ class Samples:
         rewards: [Q, K].
         counted: bool [N] answers that are learnt from; None for all.
         sampled_log_probs: [N, T] under the rollout server that sampled, or None if this process did.
+        log_probs_without_adapter: [N, T] under the policy that sampled with its adapter off, or None if no server sampled.
     """
 
     prompt_ids: list[Tensor]
@@ -56,6 +57,7 @@ class Samples:
     rewards: Tensor
     counted: Tensor | None = None
     sampled_log_probs: Tensor | None = None
+    log_probs_without_adapter: Tensor | None = None
 
     @property
     def candidates(self) -> Candidates:
@@ -203,7 +205,7 @@ def minibatch_order(queries: int, minibatches: int, seed: Sequence[int]) -> list
 def _by_token(samples: Samples) -> dict[str, Tensor | None]:
     """The tensors of shape [N, T]."""
     names = ("token_ids", "mask", "log_probs", "reference_log_probs", "values", "sampled_log_probs")
-    return {name: getattr(samples, name) for name in names}
+    return {name: getattr(samples, name) for name in (*names, "log_probs_without_adapter")}
 
 
 def _as_dict(samples: Samples) -> Mapping[str, Any]:

@@ -8,7 +8,8 @@ of `ExperienceMaker.roll_out` and `ExperienceMaker.make`:
 2. start slow rewards, so that a judge behind a network answers while the next passes run;
 3. one pass of the policy: log-probabilities of the old policy, values, and attention on the lesion for vision relevance
    (`umed_plugin.training.answer_passes`);
-4. one pass of the reference policy: its log-probabilities;
+4. one pass of the reference policy: its log-probabilities; where a rollout server has sampled, another one of the policy with its
+   adapter off;
 5. rewards. IoU is one of them: `umed_plugin.rewards.terms.localization`;
 6. advantages: `umed_plugin.training.advantages`.
 
@@ -131,7 +132,15 @@ class ExperienceMaker:
             CandidateSampling(
                 self.flags, self.args, settings, self.engine, self.lesions, in_sampling, feature_cache, self.metrics
             ),
-            AnswerPasses(self.scoring, self.packed, head, reference, needs_log_probs, of_passes),
+            AnswerPasses(
+                self.scoring,
+                self.packed,
+                head,
+                reference,
+                needs_log_probs,
+                of_passes,
+                without_adapter=not self.engine.in_process,
+            ),
         )
 
     def make(
@@ -253,6 +262,7 @@ class ExperienceMaker:
             rewards,
             counted,
             sampled_log_probs,
+            stacked([part.log_probs_without_adapter for part in parts]),
         )
 
     def rewards_agreed(self) -> AbstractContextManager[None]:

@@ -12,7 +12,13 @@ import math
 import torch
 from torch import Tensor
 
-METRICS = ("importance_ratio", "importance_ratio_max", "importance_truncated", "server_difference")
+METRICS = (
+    "importance_ratio",
+    "importance_ratio_max",
+    "importance_truncated",
+    "server_difference",
+    "server_difference_without_adapter",
+)
 
 
 def importance_weights(log_probs: Tensor, sampled_log_probs: Tensor, cap: float) -> Tensor:
@@ -32,16 +38,22 @@ def importance_weights(log_probs: Tensor, sampled_log_probs: Tensor, cap: float)
     return distance.clamp(max=math.log(cap)).exp().clamp(max=cap)
 
 
-def importance_metrics(log_probs: Tensor, sampled_log_probs: Tensor, mask: Tensor, cap: float) -> dict[str, float]:
-    """Mean and maximum of the ratio before truncation, share of truncated tokens 0-1, and mean distance in nats.
+def importance_metrics(
+    log_probs: Tensor, sampled_log_probs: Tensor, mask: Tensor, cap: float, without_adapter: Tensor | None = None
+) -> dict[str, float]:
+    """Mean and maximum of the ratio before truncation, share of truncated tokens 0-1, and mean distances in nats.
 
     Args:
         log_probs, sampled_log_probs, cap: as in `importance_weights`.
         mask: [N, T] 1 for a token.
+        without_adapter: [N, T] log-probabilities under the policy with its adapter off; None: the last metric is missing.
     """
-    distance = (log_probs.detach().float() - sampled_log_probs)[mask.bool()]
+    of_tokens = mask.bool()
+    distance = (log_probs.detach().float() - sampled_log_probs)[of_tokens]
     if not len(distance):
         return {}
     ratio = distance.exp()
-    numbers = torch.stack([ratio.mean(), ratio.max(), (ratio > cap).float().mean(), distance.abs().mean()])
-    return dict(zip(METRICS, numbers.tolist()))
+    numbers = [ratio.mean(), ratio.max(), (ratio > cap).float().mean(), distance.abs().mean()]
+    if without_adapter is not None:
+        numbers.append((without_adapter.float() - sampled_log_probs)[of_tokens].abs().mean())
+    return dict(zip(METRICS, torch.stack(numbers).tolist()))

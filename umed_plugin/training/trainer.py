@@ -31,7 +31,7 @@ from umed_plugin.errors import UmedError, note, warn
 from umed_plugin.files import failed_write
 from umed_plugin.model.forward import answer_pass, base_llava, embed_prompts
 from umed_plugin.model.sampling import NotFiniteError
-from umed_plugin.model.server_sampling import difference_fault
+from umed_plugin.model.server_comparison import ServerComparison
 from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.remote.rollout_server import RolloutServerError
 from umed_plugin.rewards import load_reward_states, make_rewards, remarks_on_records, reward_states
@@ -112,6 +112,9 @@ class RewardingTrainer(LLaVATrainer):
             flags.umed_max_new_tokens,
         )
         self.rollouts = Rollouts(self)
+        self._server = ServerComparison(
+            str(flags.umed_rollout_server), flags.umed_rollout_max_difference, "--umed_rollout_max_difference"
+        )
         # What `_moved_by_steps` was when the optimizer step of this number began; of the one that failed, where one did.
         self._before_step: tuple[int, Any] = (-1, None)
         self._stopped_at: Any = None
@@ -253,11 +256,16 @@ class RewardingTrainer(LLaVATrainer):
         if samples.sampled_log_probs is None:
             return experience.advantages
         own, sampled = old_log_probs, samples.sampled_log_probs
-        measured = importance_metrics(own, sampled, samples.mask, flags.umed_importance_cap)
+        measured = importance_metrics(
+            own, sampled, samples.mask, flags.umed_importance_cap, samples.log_probs_without_adapter
+        )
         self.metrics.add(measured)
-        difference, most = measured.get("server_difference", 0.0), flags.umed_rollout_max_difference
-        if self.metrics.on_any_rank(not difference <= most):
-            fault = difference_fault(difference, most, str(flags.umed_rollout_server))
+        fault = self._server.fault(
+            int(samples.mask.sum()),
+            measured.get("server_difference", 0.0),
+            measured.get("server_difference_without_adapter"),
+        )
+        if self.metrics.on_any_rank(fault is not None):
             raise RolloutServerError(fault or "the rollout server's model differs from another process's policy.")
         return experience.advantages * importance_weights(own, sampled, flags.umed_importance_cap)
 

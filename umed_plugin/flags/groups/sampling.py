@@ -8,6 +8,7 @@ from typing import Optional
 from umed_plugin.flags.names import BOX_REWARDS
 from umed_plugin.flags.needs import GRPO, ROLLOUT_SERVER, flag
 from umed_plugin.flags.rules import CREATED, FREE, REWARDING, SAID, Needs, must_sample_all
+from umed_plugin.remote.settings import ROLLOUT_MAX_DIFFERENCE
 
 VALIDATION = Needs("--umed_val_every", lambda flags: flags.umed_val_every > 0)
 
@@ -119,9 +120,9 @@ class SamplingFlags:
         on_resume=FREE,
     )
     umed_rollout_max_difference: float = flag(
-        0.1,
+        ROLLOUT_MAX_DIFFERENCE,
         "Largest mean difference, in nats a token, of the rollout server's log-probabilities from this process's. Above it the "
-        "server holds another model, and the run ends.",
+        "server holds another model, and the run ends. So it does if the server answers without the adapter.",
         stage=REWARDING,
         needs=ROLLOUT_SERVER,
         above=0,
