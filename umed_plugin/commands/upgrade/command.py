@@ -73,7 +73,11 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         action="store_true",
         help="at the very end, put the result in CKPT's place and keep the old one beside it",
     )
-    parser.add_argument("--redo-changed", action="store_true", help="redo steps whose settings or inputs have changed")
+    parser.add_argument(
+        "--redo-changed",
+        action="store_true",
+        help="redo steps whose settings or inputs have changed, and all that depends on them",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands and write nothing")
     add_quiet_flag(parser)
     parser.set_defaults(run=run)

@@ -168,11 +168,13 @@ class Upgrade:
             )
 
     def _handle_changes(self, changes: Sequence[tuple[Step, list[str]]]) -> None:
-        """Refuse to run if steps have changed since they began; with ``redo_changed``, forget these steps instead."""
+        """Refuse to run if steps have changed since they began; with ``redo_changed``, forget them and what depends on them."""
         changes = [(step, differences) for step, differences in changes if differences]
         if self.redo_changed:
             for step, _ in changes:
-                self.provenance.forget(step)
+                self._forget(step)
+            if changes:
+                self._plan_again(told=False)  # a trial that is to be redone has decided nothing
         elif changes:
             lines = [f"  {step.title}: {'; '.join(differences)}" for step, differences in changes]
             raise UmedError(
@@ -180,6 +182,16 @@ class Upgrade:
                 + "\n".join(lines)
                 + "\nUndo the change, choose another --out, or redo them and the steps that depend on them with --redo-changed."
             )
+
+    def _forget(self, step: Step) -> None:
+        """Forget a step, and all that was made from what it has made.
+
+        Equal outputs do not spare those: records do not hold the pixels that they name.
+        """
+        self.provenance.forget(step)
+        for other in self.steps:
+            if self.provenance.read(other) and set(step.outputs) & set(other.inputs.values()):
+                self._forget(other)
 
     def _run_steps(self, bars: Steps) -> bool:
         """Run all steps that are left to run; returns whether one of them ran. What a step has made may decide on later ones."""
@@ -208,6 +220,7 @@ class Upgrade:
         tried = auto and all(self.provenance.is_done(step) for step in self.plan.trial() if step.goal)
         if auto and not tried:
             self.plan.held_out.check()
+            self.decision = self.plan.pays = None
         if tried:
             self.decision = decision_of(self.plan)
             self.plan.pays = self.decision.pays
