@@ -286,7 +286,7 @@ def test_several_processes_are_started_by_torchrun_with_a_configuration_of_deeps
     chosen = upgrade_of(tiny_llama, tmp_path / "run", processes=2, deepspeed=str(config), master_port=29511).steps[2]
     assert "--rdzv_endpoint localhost:29511 " in chosen.line()
     assert f"--deepspeed {config}" in deep.line()
-    assert config in deep.inputs.values(), "another configuration is another training"
+    assert config in deep.files.values(), "another configuration is another training"
     config.write_text('{"optimizer": {"type": "AdamW"}}')
 
 

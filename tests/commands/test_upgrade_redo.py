@@ -1,4 +1,4 @@
-"""``umed upgrade --redo-changed`` redoes all that depends on a change.
+"""Files that settings of `umed upgrade` name count as settings do, and ``--redo-changed`` redoes all that depends on a change.
 
 Each step's command is a stand-in that writes a hash of what the step is made from.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ from rich.console import Console
 from umed_plugin.commands.demo.studies import make_studies
 from umed_plugin.commands.upgrade import run as upgrade_run
 from umed_plugin.commands.upgrade.decision import Decision
+from umed_plugin.commands.upgrade.named_files import named_files
 from umed_plugin.commands.upgrade.plan import Step
 from umed_plugin.commands.upgrade.provenance import files_of
 from umed_plugin.commands.upgrade.run import Upgrade
-from umed_plugin.commands.upgrade.settings import read_settings
+from umed_plugin.commands.upgrade.settings import Settings, read_settings
+from umed_plugin.errors import UmedError
 
 pytestmark = [pytest.mark.one_stack, pytest.mark.llava]
 SYMBOLS = "steps: {side: {left: [left]}}\ncases: [{side: left}]\n"
@@ -32,7 +35,7 @@ ALL = [
 
 def make_stand_in(step: Step) -> None:
     digest = hashlib.sha256(json.dumps([dict(step.settings), dict(step.stamps())], default=str).encode())
-    for path in step.inputs.values():
+    for path in (*step.inputs.values(), *step.files.values()):
         for file in files_of(path):
             digest.update(file.read_bytes())
     for output in step.outputs:
@@ -91,8 +94,82 @@ def start(tiny_mistral, tmp_path, monkeypatch):
     return start
 
 
+def test_an_edited_file_of_a_reward_is_named_and_stage_2_and_its_decision_are_redone(start, tmp_path):
+    assert start() == ALL and start() == []
+    (tmp_path / "steps.yaml").write_text(SYMBOLS + "# another\n")
+    said = r"stage 2: rewarding: rewarding.rewards\[1\] \(.*steps.yaml\) is not the file that it was"
+    with pytest.raises(UmedError, match=f"trial of {said}.*\n  {said}"):
+        start()
+    before = start.decided[-1]
+    assert start(redo=True) == [*OF_TRIAL, *OF_STAGE_2]
+    assert start.decided[-1] != before, "the new trial has decided"
+    assert start() == []
+
+
+def test_other_files_of_settings_are_compared_before_anything_runs(start, tmp_path):
+    flags = {"umed_tower_lr": 1e-6, "umed_tower_teacher": str(tmp_path / "tower.pth")}
+    assert start(**{"instruction_tuning.flags": flags}) == ALL
+    (tmp_path / "tower.pth").write_text("others")
+    (tmp_path / "run" / "made" / "evaluation_rewarding.json").unlink()
+    said = r"stage 1: instruction tuning: instruction_tuning.flags.umed_tower_teacher \(.*tower.pth\) is not the file"
+    with pytest.raises(UmedError, match=said):
+        start(**{"instruction_tuning.flags": flags})
+    (tmp_path / "tower.pth").write_text("weights")
+    shutil.rmtree(tmp_path / "run" / "evaluation" / "rewarding")
+    assert start(**{"instruction_tuning.flags": flags}) == ["evaluation_rewarding"]
+    (tmp_path / "zero2.json").write_text('{"a": 1}')
+    with pytest.raises(UmedError, match=r"stage 1: instruction tuning: deepspeed \(.*zero2.json\) is not the file"):
+        start(**{"instruction_tuning.flags": flags})
+
+
+def test_a_run_of_an_earlier_version_is_not_refused_for_files_that_it_did_not_note(start, tmp_path):
+    start()
+    for file in (tmp_path / "run" / "made").glob("*.json"):
+        record = json.loads(file.read_text())
+        record["inputs"] = {role: state for role, state in record["inputs"].items() if "rewards" not in role}
+        file.write_text(json.dumps(record))
+    (tmp_path / "steps.yaml").write_text(SYMBOLS + "# another\n")
+    assert start() == []
+    (tmp_path / "zero2.json").write_text('{"a": 1}')
+    with pytest.raises(UmedError, match="deepspeed"):  # which it did note
+        start()
+
+
 def test_corrected_labels_are_trained_on(start, tmp_path):
     """In a finished run, the records alone had been built again, and the old weights evaluated on them."""
     start()
     correct_a_label(tmp_path / "studies")
     assert start(redo=True) == ALL
+
+
+def test_corrected_labels_of_the_evaluations_recipe_are_noticed(start, tmp_path):
+    make_studies(tmp_path / "measured", seed=1, train=1, val=1, test=3)
+    given = {"evaluation.recipe": "demo_studies", "evaluation.data_root": str(tmp_path / "measured")}
+    start(**given)
+    correct_a_label(tmp_path / "measured")
+    with pytest.raises(UmedError, match="evaluation: base: data in .*measured, .*annotations or images have changed"):
+        start(**given)
+    assert start(redo=True, **given) == ["evaluation_base", "evaluation_instruction_tuning", "evaluation_rewarding"]
+
+
+def test_which_files_a_stage_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("teacher", "cache", "data"):
+        (tmp_path / folder).mkdir()
+    for name in ("teacher/config.json", "cache/config.json", "prompt.txt", "judge.jsonl", "a.yaml", "lexical.txt"):
+        (tmp_path / name).touch()
+    flags = {"umed_teacher": "teacher", "umed_image_cache": "cache", "umed_data_root": "data", "umed_keep": 0.1}
+    flags |= {"report_to": "none", "umed_recipe": "mau", "run_name": "prompt.txt", "umed_unknown": ""}
+    settings = Settings(checkpoint="c", recipe="r", instruction_tuning={"flags": flags})
+    found = named_files("instruction_tuning", settings.instruction_tuning, settings)
+    assert found.pop("instruction_tuning.flags.umed_teacher") == tmp_path / "teacher"
+    assert {name.rpartition(" ")[0] for name in found} == {"instruction_tuning.flags.umed_recipe"}
+    assert {"mau.yaml", "tbx11k.yaml"} < {path.name for path in found.values()}, "a mixture and its sources"
+    flags = {"umed_judge": "replay:judge.jsonl", "umed_judge_prompt": str(tmp_path / "prompt.txt")}
+    rewards = ["relevance", "symbolic:a.yaml", "my_module:my_reward"]
+    settings = Settings(checkpoint="c", recipe="r", rewarding={"rewards": rewards, "flags": flags})
+    assert named_files("rewarding", settings.rewarding, settings) == {
+        "rewarding.rewards[1]": tmp_path / "a.yaml",
+        "rewarding.flags.umed_judge": tmp_path / "judge.jsonl",
+        "rewarding.flags.umed_judge_prompt": tmp_path / "prompt.txt",
+    }

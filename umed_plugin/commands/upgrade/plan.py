@@ -8,7 +8,8 @@ With ``rewarding: auto`` a trial of stage 2 comes after stage 1's evaluation, an
 Trainings answer held-out records every ``save_steps`` steps where the records have a split ``val``. That changes nothing of what
 they train, so it is not among a step's settings.
 
-`Step.settings` and the content of `Step.inputs` identify a step: every setting in its command must be among them.
+`Step.settings` and the content of `Step.inputs` and `Step.files` identify a step: every setting in its command must be among
+them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any, Optional
 
 from umed_plugin import __version__
 from umed_plugin.commands.upgrade.held_out import HeldOut
+from umed_plugin.commands.upgrade.named_files import named_files
 from umed_plugin.commands.upgrade.origin import Origin
 from umed_plugin.commands.upgrade.settings import Settings, Stage
 from umed_plugin.commands.upgrade.training import launcher, program, training_flags, trial_flags, unchecked_start
@@ -61,6 +63,7 @@ class Step:
         outputs: the files and folders it makes; a training's outputs exclude the trainer's own checkpoints.
         resumable: continue from what a killed attempt left behind; otherwise remove that first.
         goal: its outputs are wanted for themselves; other steps run only if a later step that has to run needs them.
+        files: setting -> the file or the checkpoint's folder that it names; the step depends on the content, as on the setting.
         digests: further dependencies -> their hash.
         stamps: gives those that may be missing, such as data on a disk that is not mounted -> their hash. It may take as long as
             reading them, so it is called only when a step is compared or begins.
@@ -74,6 +77,7 @@ class Step:
     outputs: tuple[Path, ...]
     resumable: bool = False
     goal: bool = False
+    files: Mapping[str, Path] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
     stamps: Callable[[], Mapping[str, str]] = dict
 
@@ -110,7 +114,7 @@ class Plan:
         self.tuned, self.result = self._in_runs("instruction_tuned"), folder / "checkpoint" / str(settings.name)
         self.tried = self._in_runs("tried")
         self.held_out = HeldOut(settings, self.records)
-        self._data_stamps = cache(partial(_stamps_of_data, settings.recipe, settings.data_root))
+        self._data_stamps = cache(_stamps_of_data)
 
     @property
     def evaluated(self) -> tuple[str, ...]:
@@ -200,7 +204,7 @@ class Plan:
             inputs={"checkpoint": self.start, **self._tower()} if pseudo else {},
             outputs=(self.records,),
             digests={f"recipe {recipe.name}": recipe.sha256},
-            stamps=self._data_stamps,
+            stamps=partial(self._data_stamps, settings.recipe, settings.data_root),
         )
 
     def _evaluation(self, name: str, checkpoint: Path, own: str | None, split: str | None = None) -> Step:
@@ -216,9 +220,11 @@ class Plan:
         command += ("--on-bad-image", "skip") if self.settings.on_bad_image == "skip" else ()
         measured_on: dict[str, Path] = {"records": Path(benchmark)}
         digests: dict[str, str] = {}
+        stamps: Callable[[], Mapping[str, str]] = dict
         if not str(benchmark).endswith(".json"):
             recipe = load_recipe(str(benchmark))
             measured_on, digests = {}, {f"recipe {recipe.name}": recipe.sha256}
+            stamps = partial(self._data_stamps, str(benchmark), settings.data_root)
         return Step(
             name=f"evaluation_{name}",
             title=f"evaluation: {name.replace('_', ' ')}",
@@ -234,6 +240,7 @@ class Plan:
             resumable=True,
             goal=True,
             digests=digests,
+            stamps=stamps,
         )
 
     def flags_if_val(self) -> Optional[str]:
@@ -259,17 +266,16 @@ class Plan:
         flags = {**paths, **training_flags(name, stage, self.settings, self.origin, validated=self.held_out.has_val())}
         words = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
         number = 1 + STAGES.index(name)
-        inputs = {"checkpoint": source, "records": self.records, **self._tower()}
         # Runs begun before these keys existed lack them.
         newer = {"bits": 16, "augment": False, "label_share": None}
         keys = (*_TRAINING_KEYS, *(key for key, usual in newer.items() if getattr(self.settings, key) != usual))
-        inputs |= {"deepspeed": Path(self.settings.deepspeed)} if self.settings.deepspeed else {}
         return Step(
             name="trial_of_rewarding" if trial else f"stage_{number}_{name}",
             title=f"{'trial of ' if trial else ''}stage {number}: {name.replace('_', ' ')}",
             command=_words((*launcher(self.settings), *words)),
             settings={**self._of_stage(keys, name, trial), "deepspeed": self.settings.deepspeed is not None},
-            inputs=inputs,
+            inputs={"checkpoint": source, "records": self.records, **self._tower()},
+            files=named_files(name, stage, self.settings),
             outputs=(output,),
             resumable=True,
         )
@@ -296,7 +302,7 @@ class Plan:
 
 
 def _stamps_of_data(recipe: str, data_root: str | None) -> dict[str, str]:
-    """The data that records are built from, if they are on this machine -> their stamp.
+    """The data that records are built from, or an evaluation asks about, if they are on this machine -> their stamp.
 
     Folder and release are in the name: a stamp holds paths, and another release may read the same data otherwise.
     """

@@ -2,8 +2,10 @@
 
 A step is done if its file in ``made/`` says so, settings and inputs are still the recorded ones, and its outputs are unchanged on
 disk. Every difference is named. Nothing that was made from other settings is silently reused or continued.
-Data from which records are built count by a stamp of their annotations and of size and time of their images. It is compared where
-both starts have one: the data may be gone by now, and earlier releases wrote none.
+Data from which records are built, and those of ``evaluation.recipe``, count by a stamp of their annotations and of size and time
+of their images. It is compared where both starts have one: the data may be gone by now, and earlier releases wrote none.
+A file that a setting names, such as a teacher, is compared with the settings, before anything runs. Earlier releases noted
+``deepspeed`` alone. What else a training of theirs was made with is not known, so it is not refused.
 Each file is hashed once. Its size and modification time are kept beside the hash; if they differ, the file is hashed again.
 """
 
@@ -14,6 +16,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -77,9 +80,9 @@ class Provenance:
         """File in the folder -> SHA-256."""
         return {str(file.relative_to(folder)): self._state(file)["sha256"] for file in files_of(folder)}
 
-    def _inputs(self, step: Step) -> dict[str, JsonObject]:
-        """Role of each input file in the step -> its path, hash, size and modification time."""
-        files = ((role, path, file) for role, path in step.inputs.items() for file in files_of(path))
+    def _states(self, inputs: Mapping[str, Path]) -> dict[str, JsonObject]:
+        """Role of each file in a step -> its path, hash, size and modification time."""
+        files = ((role, path, file) for role, path in inputs.items() for file in files_of(path))
         return {
             (role if file == path else f"{role}/{file.relative_to(path)}"): {"path": str(file), **self._state(file)}
             for role, path, file in files
@@ -90,7 +93,7 @@ class Provenance:
 
         Args:
             step: as planned now.
-            inputs: compare the content of the inputs too.
+            inputs: compare the content of the inputs too; that of files which settings name always is.
         """
         record = self.read(step)
         if record is None:
@@ -102,7 +105,9 @@ class Provenance:
             if before.get(key) != now.get(key)
         ]
         changed += self._stamp_differences(step, record)
-        return changed + (self._input_differences(step, record) if inputs else [])
+        noted = {name: path for name, path in step.files.items() if _is_noted(name, record["inputs"])}
+        changed += self._changed_files(noted, record)
+        return changed + (self._changed_files(step.inputs, record) if inputs else [])
 
     def _stamp_differences(self, step: Step, record: JsonObject) -> list[str]:
         before = record.get("stamps", {})
@@ -116,10 +121,10 @@ class Provenance:
             if what in now and now[what] != before[what]
         ]
 
-    def _input_differences(self, step: Step, record: JsonObject) -> list[str]:
+    def _changed_files(self, inputs: Mapping[str, Path], record: JsonObject) -> list[str]:
         before = {role: state["sha256"] for role, state in record["inputs"].items()}
         # An input that was deleted to save space does not count as changed.
-        changed = [(role, state) for role, state in self._inputs(step).items() if before.get(role) != state["sha256"]]
+        changed = [(role, state) for role, state in self._states(inputs).items() if before.get(role) != state["sha256"]]
         lines = [f"{role} ({state['path']}) is not the file that it was" for role, state in changed[:3]]
         return lines + ([f"... and {len(changed) - 3} more files"] if len(changed) > 3 else [])
 
@@ -151,7 +156,7 @@ class Provenance:
             "step": step.title,
             "command": list(step.command),
             "settings": {**step.settings, **step.digests},
-            "inputs": self._inputs(step),
+            "inputs": self._states({**step.inputs, **step.files}),
             **({"stamps": stamps} if stamps else {}),
             "versions": versions(),
             "outputs": None,
@@ -182,6 +187,11 @@ class Provenance:
             else:
                 path.unlink(missing_ok=True)
         (self.folder / f"{step.name}.json").unlink(missing_ok=True)
+
+
+def _is_noted(name: str, recorded: Iterable[str]) -> bool:
+    """Whether the file, or a file of the folder, of this name is among the recorded ones."""
+    return any(role == name or role.startswith(f"{name}/") for role in recorded)
 
 
 def files_of(path: Path) -> list[Path]:
