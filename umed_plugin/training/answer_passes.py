@@ -1,7 +1,8 @@
 """The passes of policy and reference over sampled answers: steps 3 and 4 of `umed_plugin.training.experience_maker`.
 
-Where a rollout server has sampled them, there is one more: of the policy with its adapter off. It differs from the reference by
-what else has been trained, such as the projector, which no server holds. `umed_plugin.model.server_comparison` compares both.
+Where a rollout server has sampled them, some rollouts have one more: of the policy with its adapter off. It differs from the
+reference by what else has been trained, such as the projector, which no server holds. `umed_plugin.model.server_comparison`
+compares both.
 """
 
 from __future__ import annotations
@@ -45,7 +46,6 @@ class AnswerPasses:
         reference: for the KL, or None.
         needs_log_probs: whether the log-probabilities of the old policy are needed before the update's own pass.
         lesions: where vision relevance looks, if a pass has to measure it; or None.
-        without_adapter: whether the policy with its adapter off makes a pass too.
     """
 
     scoring: Scoring
@@ -54,10 +54,18 @@ class AnswerPasses:
     reference: ReferencePolicy | None
     needs_log_probs: bool
     lesions: Lesions | None
-    without_adapter: bool = False
 
-    def scores(self, policy: Any, queries: Queries, candidates: Candidates, learning: bool) -> Scores:
-        """The passes of policy and reference over the candidates of one batch; ``learning``: the mode that updates run in."""
+    def scores(
+        self, policy: Any, queries: Queries, candidates: Candidates, learning: bool, without_adapter: bool = False
+    ) -> Scores:
+        """The passes of policy and reference over the candidates of one batch.
+
+        Args:
+            policy: unwrapped.
+            queries, candidates: of the batch.
+            learning: the mode that updates run in.
+            without_adapter: whether the policy makes a pass with its adapter off, too.
+        """
         prompts = embed_prompts(policy, queries.prompt_ids, queries.features)
         attention, outputs = self._attend(policy, prompts, candidates, queries.records)
         outputs = self._old_policy(policy, prompts, candidates, outputs, learning)
@@ -67,7 +75,7 @@ class AnswerPasses:
             _log_probs(outputs) if needs_log_probs and outputs is not None else None,
             None if self.value_head is None or outputs is None else self.value_head(outputs.hidden),
             self._reference_log_probs(policy, queries, candidates, learning),
-            self._log_probs_without_adapter(policy, prompts, candidates, learning),
+            self._log_probs_without_adapter(policy, prompts, candidates, learning) if without_adapter else None,
         )
 
     @contextmanager
@@ -132,10 +140,8 @@ class AnswerPasses:
 
     def _log_probs_without_adapter(
         self, policy: Any, prompts: PromptBatch, candidates: Candidates, learning: bool
-    ) -> Tensor | None:
-        """[N, T] under the policy with its adapter off, behind the same embedded prompts; None if it is not wanted."""
-        if not self.without_adapter:
-            return None
+    ) -> Tensor:
+        """[N, T] under the policy with its adapter off, behind the same embedded prompts."""
         with self._as_updates_run(policy, learning), policy.disable_adapter():
             return _log_probs(answer_pass(policy, prompts, candidates, packed=self.packed, scoring=self.scoring))
 

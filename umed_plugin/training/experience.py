@@ -44,7 +44,7 @@ class Samples:
         rewards: [Q, K].
         counted: bool [N] answers that are learnt from; None for all.
         sampled_log_probs: [N, T] under the rollout server that sampled, or None if this process did.
-        log_probs_without_adapter: [N, T] under the policy that sampled with its adapter off, or None if no server sampled.
+        log_probs_without_adapter: [N, T] under the policy that sampled with its adapter off, or None where it made no such pass.
     """
 
     prompt_ids: list[Tensor]

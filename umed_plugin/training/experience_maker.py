@@ -8,8 +8,8 @@ of `ExperienceMaker.roll_out` and `ExperienceMaker.make`:
 2. start slow rewards, so that a judge behind a network answers while the next passes run;
 3. one pass of the policy: log-probabilities of the old policy, values, and attention on the lesion for vision relevance
    (`umed_plugin.training.answer_passes`);
-4. one pass of the reference policy: its log-probabilities; where a rollout server has sampled, another one of the policy with its
-   adapter off;
+4. one pass of the reference policy: its log-probabilities; where a rollout server has sampled, in every fifth step another one of
+   the policy with its adapter off;
 5. rewards. IoU is one of them: `umed_plugin.rewards.terms.localization`;
 6. advantages: `umed_plugin.training.advantages`.
 
@@ -35,6 +35,7 @@ from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.model.forward import Candidates, base_llava, decode_answers
 from umed_plugin.model.output_layer import Scoring
 from umed_plugin.model.sampling import SamplingSettings
+from umed_plugin.model.server_comparison import COMPARED_EVERY
 from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.rewards import (
     advance_rewards,
@@ -132,15 +133,7 @@ class ExperienceMaker:
             CandidateSampling(
                 self.flags, self.args, settings, self.engine, self.lesions, in_sampling, feature_cache, self.metrics
             ),
-            AnswerPasses(
-                self.scoring,
-                self.packed,
-                head,
-                reference,
-                needs_log_probs,
-                of_passes,
-                without_adapter=not self.engine.in_process,
-            ),
+            AnswerPasses(self.scoring, self.packed, head, reference, needs_log_probs, of_passes),
         )
 
     def make(
@@ -242,7 +235,10 @@ class ExperienceMaker:
         with self.rewards_agreed():
             start_rewards(self.rewards, questions, texts, **columns)
         sizes = [len(batch["prompt_ids"]) for batch in batches]
-        parts = [self.passes.scores(policy, *part, was_training) for part in batches_of(queries, candidates, sizes)]
+        compared = not self.engine.in_process and self.metrics.step % COMPARED_EVERY == 0
+        parts = [
+            self.passes.scores(policy, *part, was_training, compared) for part in batches_of(queries, candidates, sizes)
+        ]
 
         # Vision relevance rewards the attention that sampling or the policy's pass has recorded.
         columns["attention_on_lesion"] = attention or [share for part in parts for share in part.attention]
