@@ -105,7 +105,7 @@ class Provenance:
             if before.get(key) != now.get(key)
         ]
         changed += self._stamp_differences(step, record)
-        noted = {name: path for name, path in step.files.items() if _is_noted(name, record["inputs"])}
+        noted = {name: path for name, path in step.files.items() if _is_noted(name, record.get("inputs", {}))}
         changed += self._changed_files(noted, record)
         return changed + (self._changed_files(step.inputs, record) if inputs else [])
 
@@ -122,7 +122,7 @@ class Provenance:
         ]
 
     def _changed_files(self, inputs: Mapping[str, Path], record: JsonObject) -> list[str]:
-        before = {role: state["sha256"] for role, state in record["inputs"].items()}
+        before = {role: state["sha256"] for role, state in record.get("inputs", {}).items()}
         # An input that was deleted to save space does not count as changed.
         changed = [(role, state) for role, state in self._states(inputs).items() if before.get(role) != state["sha256"]]
         lines = [f"{role} ({state['path']}) is not the file that it was" for role, state in changed[:3]]
