@@ -6,7 +6,7 @@ The YAML says which arms there are, for which numbers of labelled studies and wh
 training and its evaluation, is a small JSON under ``OUT/rows``. It is never made again, so a killed study goes on with the same
 command. With ``--rows FOLDER`` the rows in that folder count too, and new ones go there: commit it, and the study goes on in
 another checkout. There a start checkpoint is trained again only if an unfinished arm needs it. A row of another study in FOLDER
-counts too, where all its settings are equal.
+counts too, where all its settings are equal. What their recipes say is among them (`study_recipes.py`).
 
 **Equal time is processor time**, user and system, of the training's process and all that it waited for, start included. Wall time
 would count what else the machine does. An arm with ``steps: equal`` takes as many steps of stage 1 as fit into the time that the

@@ -10,21 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from study_plan import Data
+from study_recipes import GENERATED, recipe_named
 
 from umed_plugin.commands.demo.studies import make_studies
 from umed_plugin.data.build import build_records
 from umed_plugin.data.recipes.options import HoldOut
-from umed_plugin.data.recipes.recipe import AnyRecipe, Mixture, load_recipe
+from umed_plugin.data.recipes.recipe import AnyRecipe, Mixture
 from umed_plugin.data.records import Record, box_decimals, load_records, record_geometry, save_records, true_boxes
 from umed_plugin.data.template_writer import write_conversation
 from umed_plugin.errors import UmedError
 
-GENERATED = "demo_studies"
-STUDIES = Path(__file__).parent / "studies"
-
 
 def make_data(folder: Path, data: Data, seed: int) -> Path:
-    """Write ``records.json`` of all splits under ``folder``, once; returns its path."""
+    """Write ``records.json`` of all splits under ``folder``, once; returns its path. Another recipe needs another folder."""
     file = folder / "records.json"
     if not file.is_file():
         root = folder / "studies" if data.recipe == GENERATED or data.generated else None
@@ -43,8 +41,7 @@ def make_data(folder: Path, data: Data, seed: int) -> Path:
 
 
 def _recipe(data: Data) -> AnyRecipe:
-    beside = STUDIES / data.recipe
-    recipe = load_recipe(beside if beside.is_file() else data.recipe)
+    recipe = recipe_named(data.recipe)
     if data.hold_out is None:
         return recipe
     return recipe.model_copy(update={"hold_out": HoldOut(**data.hold_out)})

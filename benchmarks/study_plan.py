@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 from pydantic import Field, model_validator
+from study_recipes import GENERATED, counted_contents
 
 from umed_plugin.data.texts import read_yaml
 from umed_plugin.errors import UmedError, unknown_name
@@ -24,7 +25,7 @@ class Data(StrictModel):
     """Where the studies come from. The seed of a cell draws the demo's studies; of a data set on disk it is the fold."""
 
     recipe: str = Field(
-        "demo_studies", description="The demo's generated studies, a recipe's name, or a YAML in this folder or below."
+        GENERATED, description="The demo's generated studies, a recipe's name, or a YAML in this folder or below."
     )
     generated: Optional[Literal[True]] = Field(None, description="Another recipe that reads the demo's studies.")
     data_root: Optional[str] = Field(None, description="Folder of the recipe's data; ``${VARIABLE}`` is expanded.")
@@ -231,12 +232,18 @@ def flags_of(study: Study, variant: str, arm: str) -> Flags:
 
 
 def digest(study: Study, cell: Cell) -> str:
-    """A hash of all settings that a cell's result depends on: its own and those of the arms that it goes on from."""
+    """A hash of all settings that a cell's result depends on: its own and those of the arms that it goes on from.
+
+    What its recipes say belongs to them: `study_recipes`.
+    """
     chain = [cell.arm, *ancestors(study, cell.arm)]
     if any(study.arms[arm].steps == "equal" for arm in chain):
         chain += [study.budget, *ancestors(study, study.budget)]
+    data = data_of(study, cell.variant)
+    recipes = counted_contents(data.recipe, GENERATED)  # the base is trained on the demo's studies
     parts: dict[str, Any] = {
-        "data": _of_cell(data_of(study, cell.variant).model_dump()),
+        **({"recipes": recipes} if recipes else {}),
+        "data": _of_cell(data.model_dump()),
         "captions": study.base_captions_epochs,
         "arms": [study.arms[arm].model_dump() for arm in chain],
         "flags": [flags_of(study, cell.variant, arm) for arm in chain],

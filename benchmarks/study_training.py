@@ -18,6 +18,7 @@ from typing import Any
 
 from study_data import labelled_file, make_data
 from study_plan import BASE, Cell, Data, Flags, Study, budget_of, data_of, flags_of
+from study_recipes import GENERATED, counted_contents
 from study_rows import Rows
 
 from umed_plugin import files
@@ -134,7 +135,12 @@ class Workshop:
 
         epochs = self.study.base_captions_epochs
         settings = DemoSettings(prior_epochs=epochs, processes=1, max_new_tokens=ANSWER_TOKENS)
-        return DemoRun(self.work / f"seed{seed}", seed, settings, Steps(Console(quiet=True)))
+        return DemoRun(self._of_seed(seed), seed, settings, Steps(Console(quiet=True)))
+
+    def _of_seed(self, seed: int) -> Path:
+        """The folder of a seed, which has one for each content of the demo's recipe."""
+        content = counted_contents(GENERATED).get(GENERATED)
+        return self.work / f"seed{seed}{f'-{content}' if content else ''}"
 
     def records(self, seed: int, variant: str) -> Path:
         """``records.json`` of a variant's data."""
@@ -142,14 +148,15 @@ class Workshop:
         if Data(**{**data.model_dump(), "box_noise": 0.0}) == self._generated():
             folder = demo.data  # `base` has written it
         else:
-            content = json.dumps({**data.model_dump(), "box_noise": 0}, sort_keys=True)
+            settings = {**data.model_dump(), "box_noise": 0, **counted_contents(data.recipe)}
+            content = json.dumps(settings, sort_keys=True)
             folder = demo.out / f"data-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
         with self._alone(folder / "records.json"):
             return make_data(folder, data, seed)
 
     def checkpoint(self, cell: Cell) -> Path:
         """Where the checkpoint of a cell is, or will be."""
-        return self.work / f"seed{cell.seed}" / "checkpoints" / cell.name / CHECKPOINT
+        return self._of_seed(cell.seed) / "checkpoints" / cell.name / CHECKPOINT
 
     def _checkpoint(self, cell: Cell) -> dict[str, Any]:
         """Train the cell's checkpoint and what it goes on from, unless they are there; returns what its row says of it."""

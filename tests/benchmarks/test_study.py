@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import study
 import study_data
 import study_plan
+import study_recipes
 import study_rows
 import study_sampling
 import study_table
@@ -128,6 +130,70 @@ def test_a_row_counts_until_its_own_settings_change(tmp_path):
     assert study_plan.digest(plan, Cell(1, 4, "plain", "stage 1 continued")) != study_plan.digest(
         loaded(tmp_path, changed(stages={2: {"umed_num_candidates": 4}})), Cell(1, 4, "plain", "stage 1 continued")
     ), "its time is that of stage 2"
+
+
+def test_every_row_that_is_committed_counts():
+    """A recipe that says something else makes them rows of another one: `study_recipes` says what to do."""
+    folder, known = ROOT / "docs" / "results" / "study", set()
+    for file in sorted((ROOT / "benchmarks" / "studies").glob("*.yaml")):
+        plan = study_plan.load_study(file)
+        known |= {study_plan.digest(plan, cell) for cell in study_plan.cells(plan, plan.seeds[:1], plan.sizes[:1])}
+    rows = [json.loads(file.read_text()) for file in folder.glob("*/seed*.json")]
+    assert len(rows) > 200 and {row["settings"] for row in rows} <= known
+
+
+@pytest.fixture
+def studies(tmp_path, monkeypatch):
+    """A copy of the folder of studies, from which recipes are read, and a function that has them read again."""
+
+    def read_again() -> None:
+        study_recipes.recipe_named.cache_clear()
+        study_recipes.content.cache_clear()
+
+    folder = tmp_path / "studies"
+    shutil.copytree(ROOT / "benchmarks" / "studies", folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(study_recipes, "STUDIES", folder)
+        read_again()
+        yield folder, read_again
+    read_again()
+
+
+def test_a_row_counts_until_a_recipe_changes(studies, tmp_path, monkeypatch):
+    folder, read_again = studies
+    plan = study_plan.load_study(folder / "hold_out_source.yaml")
+    cell, ct = Cell(3, 400, "without MR", "stage 2"), folder / "sources" / "ct.yaml"
+    monkeypatch.setattr(study_training, "make_data", lambda folder, data, seed: folder)
+    workshop = study_training.Workshop(tmp_path / "out", plan, study_rows.Rows(plan, tmp_path / "rows"))
+
+    def made() -> list:
+        read_again()
+        base, records = workshop._demo(3).out, workshop.records(3, cell.variant)
+        return [study_plan.digest(plan, cell), records.name, base.name, workshop.checkpoint(cell).parents[2].name]
+
+    first, text = made(), ct.read_text()
+    ct.write_text(text.replace("description: ", "description: Those of ") + "# a remark\n")
+    assert made() == first and first[2] == "seed3"
+    ct.write_text(text.replace("nodular opacity", "round opacity"))
+    changed = made()
+    assert changed[2:] == first[2:] and changed[0] != first[0] and changed[1] != first[1], "a source of the mixture"
+    ct.write_text(text)
+    assert made() == first
+    monkeypatch.setitem(study_recipes.OF_FIRST_ROWS, "demo_studies", "another")
+    changed = made()
+    assert changed[0] != first[0] and changed[2] == changed[3] != first[2], "each base is trained by the demo's recipe"
+
+
+def test_a_recipe_without_first_rows_is_in_the_digest(studies, tmp_path):
+    folder, read_again = studies
+    cell = Cell(1, 4, "plain", "stage 1")
+    shutil.copy(folder / "sources" / "ct.yaml", folder / "mine.yaml")
+    plan = loaded(tmp_path, changed(data={**TINY["data"], "recipe": "mine.yaml", "generated": True}))
+    before = study_plan.digest(plan, cell)
+    (folder / "mine.yaml").write_text((folder / "mine.yaml").read_text().replace("window: file", "window: full"))
+    assert study_plan.digest(plan, cell) == before, "a study that runs ends with what it began with"
+    read_again()
+    assert study_plan.digest(plan, cell) != before
 
 
 def prediction(number: int, values: dict, **groups: str) -> Prediction:
