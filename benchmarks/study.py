@@ -77,7 +77,7 @@ def chosen_cells(study: Study, options: Any) -> list[Cell]:
     """The cells that the command line asks for, in the order of work.
 
     Raises:
-        UsageError: it names an arm, a variant or a size that the study does not have.
+        UsageError: it names an arm, a variant or a size that the study does not have, or an arm that no chosen variant has.
     """
     arms = options.only or list(study.arms)
     variants = options.variants.split(",") if options.variants else list(study.variants)
@@ -89,11 +89,26 @@ def chosen_cells(study: Study, options: Any) -> list[Cell]:
     if unknown := set(sizes) - set(study.sizes):
         listed = ", ".join(map(str, study.sizes))
         raise UsageError(f"--sizes {min(unknown)}: {study.name} has {listed}. Its table would not show another size.")
-    return [cell for cell in cells(study, seeds, sizes) if cell.arm in arms and cell.variant in variants]
+    chosen = [cell for cell in cells(study, seeds, sizes) if cell.arm in arms and cell.variant in variants]
+    for arm in options.only or ():
+        if not any(cell.arm == arm for cell in chosen):
+            raise UsageError(_without_arm(study, arm, variants))
+    return chosen
+
+
+def _without_arm(study: Study, arm: str, variants: Sequence[str]) -> str:
+    """Why an arm has no cell in these variants."""
+    arms = {name: about.arms or list(study.arms) for name, about in study.variants.items()}
+    theirs = "; ".join(f"{name} has {', '.join(map(repr, arms[name]))}" for name in variants)
+    others = ", ".join(name for name in arms if arm in arms[name]) or "none"
+    return f"--only {arm!r}: no variant that is asked for has this arm. {theirs}. Variants that have it: {others}."
 
 
 def _numbers(written: Optional[str]) -> list[int]:
-    return [int(number) for number in written.split(",")] if written else []
+    try:
+        return [int(number) for number in written.split(",")] if written else []
+    except ValueError as error:
+        raise UsageError(f"{written!r}: needed are whole numbers with commas between them, such as 3,4.") from error
 
 
 def make(workshop: Workshop, wanted: Sequence[Cell], jobs: int) -> None:

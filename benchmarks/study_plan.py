@@ -52,7 +52,7 @@ class Variant(StrictModel):
 
     flags: Flags = {}
     data: dict[str, Any] = Field({}, description="Keys of ``data`` that differ.")
-    arms: Optional[list[str]] = None
+    arms: Optional[list[str]] = Field(None, min_length=1)
     control: Optional[str] = Field(None, description="Default: the first variant.")
 
 
@@ -121,7 +121,9 @@ def load_study(path: Path) -> Study:
     data = _mapping(path)
     faults = Faults()
     if "like" in data:
-        data = _completed(data, _mapping(path.parent / str(data["like"])), faults)
+        if not isinstance(data["like"], str):
+            raise UmedError(f"{path}: like: found {data['like']!r}; give the name of a file beside this one.")
+        data = _completed(data, _mapping(path.parent / data["like"]), faults)
     study = validated(Study, data, "", faults)
     if study is not None:
         _check_names(study, faults)
@@ -138,21 +140,43 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 def _completed(study: dict[str, Any], common: dict[str, Any], faults: Faults) -> dict[str, Any]:
     """A study with what it leaves to the common file: whole keys, single flags, and the arms that ``shared_arms`` names."""
-    study = {key: value for key, value in study.items() if key != "like"}
-    shared, arms = study.pop("shared_arms", []), common.get("arms", {})
+    where = f"{study['like']}, "
+    shared = [str(name) for name in _part(study, "shared_arms", list, "", faults)]
+    arms = _part(common, "arms", dict, where, faults)
     for name in set(shared) - set(arms):
         faults.add("shared_arms", unknown_name("arm", name, arms))
-    of_stages, own_of_stages = common.get("stages", {}), study.get("stages", {})
+    of_stages, own_of_stages = _part(common, "stages", dict, where, faults), _part(study, "stages", dict, "", faults)
+    own = {key: value for key, value in study.items() if key not in ("like", "shared_arms")}
     return {
         **common,
-        **study,
-        "flags": _merged(common.get("flags", {}), study.get("flags", {})),
+        **own,
+        "flags": _merged(_part(common, "flags", dict, where, faults), _part(study, "flags", dict, "", faults)),
         "stages": {
-            stage: _merged(of_stages.get(stage, {}), own_of_stages.get(stage, {}))
+            stage: _merged(
+                _part(of_stages, stage, dict, f"{where}stages.", faults),
+                _part(own_of_stages, stage, dict, "stages.", faults),
+            )
             for stage in {**of_stages, **own_of_stages}
         },
-        "arms": {**{name: arms[name] for name in shared if name in arms}, **study.get("arms", {})},
+        "arms": {
+            **{name: arms[name] for name in shared if name in arms},
+            **_part(study, "arms", dict, "", faults),
+        },
     }
+
+
+def _part(content: Mapping[Any, Any], key: Any, kind: type[Any], where: str, faults: Faults) -> Any:
+    """What stands at a key, or an empty ``kind`` if the key is missing; a fault for anything else, such as a key left empty.
+
+    Args:
+        where: before the key in the fault.
+    """
+    value = content.get(key, kind())
+    if isinstance(value, kind):
+        return value
+    needed = {dict: "an object, with keys and values", list: "a list"}[kind]
+    faults.add(f"{where}{key}", f"found {type(value).__name__}. Give {needed}, or leave the key out.")
+    return kind()
 
 
 def _merged(common: Flags, own: Mapping[str, Optional[FlagValue]]) -> Flags:

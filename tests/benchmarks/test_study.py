@@ -28,7 +28,7 @@ from support.umed_runs import ROOT, run_command
 
 from umed_plugin.commands import processes
 from umed_plugin.data.records import load_records
-from umed_plugin.errors import UmedError
+from umed_plugin.errors import UmedError, UsageError
 from umed_plugin.evaluation.metrics.metric import Row
 from umed_plugin.evaluation.results import Evaluation, Prediction
 from umed_plugin.flags.checks import find_faults
@@ -117,6 +117,27 @@ def test_a_study_goes_by_another_file_where_it_says_nothing_itself(tmp_path):
     assert found.stages[2] == {**TINY["stages"][2], "umed_num_candidates": 4}
     with pytest.raises(UmedError, match="shared_arms"):
         loaded(tmp_path, {**own, "shared_arms": ["stage 1", "stage 3", "stage 2"]})
+
+
+@pytest.mark.parametrize("key", ["arms", "stages", "flags", "shared_arms", "stages.1"])
+@pytest.mark.parametrize("where", ["", "common.yaml, "])
+def test_a_key_that_is_left_empty_is_a_fault_of_its_file(key, where, tmp_path):
+    empty = {"stages": {1: None}} if key == "stages.1" else {key: None}
+    own = {"name": "own", "like": "common.yaml", "shared_arms": list(TINY["arms"]), **({} if where else empty)}
+    common = changed(**(empty if where and key != "shared_arms" else {}))
+    (tmp_path / "common.yaml").write_text(yaml.safe_dump(common))
+    if where and key == "shared_arms":  # which only a study that goes by another may have
+        assert list(loaded(tmp_path, own).arms) == list(TINY["arms"])
+        return
+    with pytest.raises(UmedError, match=f"\n  {where}{key}: found NoneType. Give a"):
+        loaded(tmp_path, own)
+
+
+def test_no_file_to_go_by_and_a_variant_without_arms_are_faults(tmp_path):
+    with pytest.raises(UmedError, match="like: found None; give the name of a file"):
+        loaded(tmp_path, changed(like=None))
+    with pytest.raises(UmedError, match="variants.none.arms: found list"):
+        loaded(tmp_path, changed(variants={"plain": {}, "none": {"arms": []}}))
 
 
 def test_a_row_counts_until_its_own_settings_change(tmp_path):
@@ -314,6 +335,24 @@ def test_a_size_that_no_table_shows_is_refused(tmp_path):
     options = SimpleNamespace(only=None, variants=None, seeds=None, sizes="4,5")
     with pytest.raises(UmedError, match="--sizes 5: tiny has 4"):
         study.chosen_cells(plan, options)
+
+
+def test_an_arm_that_no_chosen_variant_has_is_refused(tmp_path):
+    plan = loaded(tmp_path, changed(variants={"plain": {}, "half": {"arms": ["stage 1"]}}))
+
+    def chosen(variants, only, seeds=None):
+        return study.chosen_cells(plan, SimpleNamespace(only=only, variants=variants, seeds=seeds, sizes=None))
+
+    told = (
+        "--only 'stage 2': no variant that is asked for has this arm. half has 'stage 1'. Variants that have it: plain."
+    )
+    for only in (["stage 2"], ["stage 1", "stage 2"]):
+        with pytest.raises(UsageError) as error:
+            chosen("half", only)
+        assert str(error.value) == told
+    assert [cell.variant for cell in chosen("plain,half", ["stage 2"])] == ["plain"]
+    with pytest.raises(UsageError, match="'1,a': needed are whole numbers"):
+        chosen(None, None, seeds="1,a")
 
 
 def test_every_key_of_a_variants_data_has_its_own_folder(tmp_path, monkeypatch):
