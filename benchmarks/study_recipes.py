@@ -4,8 +4,8 @@ The digest of a cell holds the content of its recipes, and of the demo's, by whi
 say nothing of their recipes. So a digest leaves out the content that `OF_FIRST_ROWS` notes: it made all of those rows, as the
 recipes at their commits show, and they stay valid. Any other content is in the digest, and its rows are other rows.
 
-Do not update a hash there when a recipe changes: the old rows no longer count then, and are to be removed or made anew. A recipe is
-read once, so a study that runs ends with what it began with.
+Do not update a hash there when a recipe changes: the old rows no longer count then, and are to be removed or made anew. A recipe
+is read once, so a study that runs ends with what it began with.
 """
 
 from __future__ import annotations
