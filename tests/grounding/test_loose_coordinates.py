@@ -58,6 +58,15 @@ def test_coordinates_beside_boxes(text: str) -> None:
         *("12.03.2020, 0.5.2020", "version 0.1.2", "10:30", "1,000 cells, 1,000 more", "30 % and 50 % stenosis"),
         *("images (1, 2, 3, 4)", "grades (1, 2, 2, 3)", "BI-RADS 4 (2-95%)", "series 3, images 4 and 5", "<image>\n< 5 mm"),
         "only one number is at 0.36",
+        *("Give boxes as [x1, y1, x2, y2] with coordinates between 0.0 and 1.0.", "normalized from 0.00 to 1.00"),
+        *("numbers in the range [0.0, 1.0]", "(0,0) is the top left corner and (1,1) the bottom right", "normalised to 0.0-1.0"),
+        *("CTR 0.55, previously 0.51.", "The RI is 0.72 and the PI is 0.95.", "Ejection fraction rose from 0.45 to 0.55"),
+        *("Gr\u00f6\u00dfe 0,8 Zentimeter, zuvor 0,6 Zentimeter.", "Herz-Thorax-Quotient 0,55, im Vorjahr 0,51"),
+        *("Resistive indices of the renal arteries: 0.68, 0.71", "ABI 0.85 and 0.92", "probability 0.7 (0.62-0.79)"),
+        *("95% CI 0.65-0.81", "HR 0.8 (95% CI 0.7, 0.9)", "D-dimer 0.4, troponin 0.03", "Voxel 0.5 x 0.5 x 1.0"),
+        *("0.8 (AP) by 0.6 (transverse) cm", "Doubling from 0.4 to 0.8", "It has gone down from 0.8 to 0.6"),
+        *("Fractures at vertebrae (11, 12).", "Findings are centered on images (12, 14).", "Images at time points (1, 2)."),
+        *("Nodule at level II (2,3).", "A score of 3 points (1, 2).", "Nodes <5> mm."),
     ],
 )  # fmt: skip
 def test_other_numbers(text: str) -> None:

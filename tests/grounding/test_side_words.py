@@ -59,6 +59,14 @@ def test_left_and_right(text: str, mirrored: str) -> None:
             "LMS",
             "LMS of the uterus",
             "The dx is glioma",
+            *("Suspicion is high.", "Lung volumes are low.", "Please follow this up with CT.", "Follow up in 3 weeks."),
+            *(
+                "Image quality is low, but diagnostic.",
+                "Lesion is high in T2 signal.",
+                "The lesion lights up after contrast.",
+            ),
+            *("It has gone down in size.", "Scaled down from 6 to 5 mm.", "high-riding patella", "low-lying placenta"),
+            *("Down-beat nystagmus", "blow-up fracture"),
             "a dx of glioma",
         ),
         *("\u540c\u65f6\u4f4d\u4e8e\u80ba", "\u4e0b\u53483\u70b9", "3\u6642\u9593\u5f8c", "\u4ee5\u4e0b3\u70b9\uff1a"),
@@ -204,7 +212,16 @@ DOWN = [
     "high or low?",
     "Low.",
 ]
-DOWN += ["a high-riding one", "the ceiling", "atop", "row 2", "the 3rd row", "the first quadrant"]
+DOWN += [
+    "lies very low",
+    "far up",
+    "up in the neck",
+    "the ceiling",
+    "atop",
+    "row 2",
+    "the 3rd row",
+    "the first quadrant",
+]
 
 
 def test_words_of_place_that_no_mirroring_turns() -> None:
@@ -234,8 +251,16 @@ def test_words_of_place(text: str) -> None:
         *("Down's syndrome", "West syndrome", "a Western blot", "a high-grade glioma", "low density", "high signal on T2"),
         *("It lies in low density", "high in signal", "Is it a cyst or a nodule?", "L4 and T12 are intact.", "in 3 positions"),
         "The dx is glioma",
+        *("Suspicion is high.", "Lung volumes are low.", "Please follow this up with CT.", "Follow up in 3 weeks."),
+        *("Image quality is low, but diagnostic.", "Lesion is high in T2 signal.", "The lesion lights up after contrast."),
+        *("It has gone down in size.", "Scaled down from 6 to 5 mm.", "high-riding patella", "low-lying placenta"),
+        *("Down-beat nystagmus", "blow-up fracture"),
     ],
 )  # fmt: skip
 def test_no_words_of_place(text: str) -> None:
     assert not names_place(text)
     assert mirrored_text(text, ["left_right", "up_down"]) == text
+
+
+def test_a_point_of_the_compass_in_the_name_of_a_class_is_no_side() -> None:
+    assert not names_side("Middle East respiratory syndrome", "left_right")

@@ -63,6 +63,8 @@ def test_the_image_moves_in_the_square(moved: Any, expected: Box) -> None:
     wide = ImageGeometry(200, 100)
     assert image_in_square({}, wide) == (0.0, 0.25, 1.0, 0.75)
     assert image_in_square({"augmented": moved}, wide) == pytest.approx(expected)
+    for own in (True, {"shift": 0.05}, {"shift": [0, 0], "rotation": 5}, {"zoom": 2.0}):  # in somebody's own records
+        assert image_in_square({"augmented": own}, wide) == image_in_square({}, wide)
 
 
 @pytest.mark.llava

@@ -146,7 +146,8 @@ def test_stage_1_has_nothing_about_patients_or_images_of_stage_2(records: Path, 
     assert again == own
     told = next(line for line in capsys.readouterr().out.splitlines() if "--umed_label_share" in line)
     assert f"stage 1 {len(own)} labelled studies of" in told
-    assert told.endswith("images of stage 2: 1 labelled study, 2 items without true boxes.")
+    assert "In neither stage, since they share an image with one of stage 2: 1 labelled study. " in told
+    assert told.endswith("images of stage 2: 2 items without true boxes.")
 
 
 def test_a_share_that_leaves_a_stage_without_studies_is_refused(records: Path, tokenizer: Any) -> None:

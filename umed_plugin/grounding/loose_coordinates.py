@@ -16,16 +16,26 @@ from umed_plugin.grounding.written_box import WrittenBox
 
 _NUMBER = r"\d+(?:\.\d+)?"
 _EDGE = r"(?:left|right|top|bottom|upper|lower|edge|border|side)"
+_PLACE = (
+    r"\b(?:cent(?:re|er)(?:ed)?|midpoint|(?<!time\s)(?<!\d\s)points?|pixels?|position|coordinates?|coords?|locat(?:ion|ed)|corner"
+    r"|b(?:ounding\s*)?box(?:es)?|at)\b"
+)
+_OF_PLACE = r"(?:[\s:=,]|\b(?:is|was|lies|of|about|around|approximately|near|pixels?|its)\b){0,12}"
 # What is a coordinate by its form alone, whatever the number.
 _BY_FORM = re.compile(
-    # A token of a grid: <bin_25>, <loc0256>, <25>. <image1> is a picture.
-    r"<(?!\s*(?:image|img|frame|slice))\s*(?:[a-z_]{1,20}[ _-]?)?\d+(?:\.\d+)?\s*>"
-    rf"|\b(?:at|cent(?:re|er)(?:ed)?|midpoint|points?|pixels?|position|coordinates?|coords?|locat(?:ion|ed)|corner)\b[^\d.;!?\n]{{0,12}}"
-    rf"[\[(]\s*{_NUMBER}\s*[,;]\s*{_NUMBER}\s*[\])]"
+    # Tokens of a grid: <bin_25>, <loc0256>, <25><22>. <image1> is a picture.
+    r"<(?!\s*(?:image|img|frame|slice))\s*[a-z_]{1,20}[ _-]?\d+(?:\.\d+)?\s*>|<\s*\d+\s*>\s*<\s*\d+\s*>"
+    rf"|{_PLACE}{_OF_PLACE}[\[(]\s*{_NUMBER}\s*[,;]\s*{_NUMBER}\s*[\])]"
     rf"|[\[(]\s*{_NUMBER}\s*%\s*[,;]\s*{_NUMBER}\s*%\s*[\])]"
     rf"|\d\s*(?:%|per\s?cent|px|pixels?)\s+(?:from|across|along|down)\s+(?:the\s+)?(?:(?:image|picture|frame)(?:'s)?\s+)?{_EDGE}"
     rf"|\d\s*(?:%|per\s?cent)\s+of\s+the\s+(?:(?:image|picture|frame)(?:'s)?\s+)?(?:width|height)"
-    rf"|\bc?x\s*[:=]\s*{_NUMBER}[^.\n]{{0,12}}\bc?y\s*[:=]\s*{_NUMBER}",
+    rf"|\bc?[xy]\s*[:=]\s*{_NUMBER}[^.\n]{{0,12}}\bc?[xy]\s*[:=]\s*{_NUMBER}",
+    re.I,
+)
+# How coordinates are to be written is no coordinate: "between 0.0 and 1.0", "[0, 1]", "(0, 0) is the top left corner".
+_FORM = re.compile(
+    r"[\[(]?\s*(?<![\d.,])0(?:\.0+)?\s*(?:[-\u2013,;]|to|and|through|bis|und)\s*1(?:\.0+)?(?![\d.,]*\d)\s*[\])]?"
+    r"|[\[(]\s*([01])(?:\.0+)?\s*[,;]\s*\1(?:\.0+)?\s*[\])]",
     re.I,
 )
 # Numbers in 0-1 with a decimal point or comma; no part of a date, a version, a list of digits or a thousand.
@@ -45,19 +55,27 @@ _MEASURE = re.compile(
     r"(?:[<>\u2264\u2265\u00b1~\u2248]\s*|\b(?:p|r|kappa|ratios?|scores?|probabilit(?:y|ies)|confidence|likelihood|dice|iou|auc|index|indices"
     r"|values?|suv(?:max|mean|peak)?|adc|threshold|levels?|dose|density|fraction|factor|coefficient|ph|inr|tsh|psa|creatinine|lactate|crp"
     r"|rate|range|mean|median|average|difference|deviation|weights?|sensitivity|specificity|accuracy|diameters?|thickness|length"
-    r"|size[sd]?|volumes?|measur(?:es?|ed|ing|ements?))\b[\s:=(]*"
+    r"|size[sd]?|volumes?|ci|hr|measur(?:es?|ed|ing|ements?))\b[\s:=(]*"
     r"(?:(?:of|is|was|are|were|max|mean|about|around|approximately|approx\.?|up\s+to|nearly|only|equals?|between|from|over|under)[\s:=(]*"
     r"){0,3})$",
     re.I,
 )
 _BEFORE = 60  # characters before a number in which a word of measure is looked for
+# Bare numbers in 0-1 are more often ratios, indices and lengths. A word beside them, or their number, makes them coordinates.
+_CUE_BEFORE = re.compile(rf"{_PLACE}{_OF_PLACE}[\[(]?(?:{_SHARE}\s+)?$", re.I)
+_CUE_BEHIND = re.compile(
+    rf"\s*(?:across|down\b|from\s+the\s+{_EDGE}|in\s+[xy]\b|of\s+the\s+(?:image'?s?\s+)?(?:width|height))", re.I
+)
+_IN_BRACKETS = re.compile(rf"[\[(]\s*{_SHARE}(?:\s*[,;]\s*|\s+){_SHARE}\s*[\])]")
+_FOUR = re.compile(rf"{_SHARE}(?:(?:{_JOIN}|\s+){_SHARE}){{3}}", re.I)
 
 
 def has_loose_coordinates(texts: Iterable[str]) -> bool:
     """Whether texts of one conversation have coordinates beside the boxes that `parse_boxes` reads.
 
-    One is enough whose form tells it: a token of a grid, an attempt at a box, a pair in brackets after "centre" or "at". Of bare
-    numbers in 0-1 it takes two.
+    One is enough whose form tells it: a token of a grid, an attempt at a box, a pair in brackets after "centre" or "at". So are
+    two numbers in 0-1 in brackets, and four in a row. Other numbers in 0-1 need a word of place beside them, such as "across",
+    and it takes two.
 
     Example:
         >>> from umed_plugin.grounding.loose_coordinates import has_loose_coordinates
@@ -69,8 +87,10 @@ def has_loose_coordinates(texts: Iterable[str]) -> bool:
     numbers = 0
     for text in texts:
         rest = rewrite_boxes(text, lambda _: " [] ").translate(PLAIN)
-        rest = _TIGHT.sub(", ", rest)
+        rest = _FORM.sub(" ", _TIGHT.sub(", ", rest))
         if _BY_FORM.search(rest) or any(_stays(text, found) for found in scan(text)):
+            return True
+        if any(_is_no_measure(rest, found) for form in (_IN_BRACKETS, _FOUR) for found in form.finditer(rest)):
             return True
         numbers += sum(_count(rest, chain) for chain in _CHAIN.finditer(rest))
     return numbers >= 2
@@ -87,6 +107,13 @@ def _stays(text: str, found: WrittenBox) -> bool:
 
 
 def _count(text: str, chain: re.Match[str]) -> int:
-    """How many numbers of a chain such as "0.5 x 0.7" may be coordinates: none if it is a measure."""
-    measured = _UNIT.match(text, chain.end()) or _MEASURE.search(text, max(0, chain.start() - _BEFORE), chain.start())
-    return 0 if measured else len(re.findall(_SHARE, chain[0]))
+    """How many numbers of a chain such as "0.36 and 0.33" are coordinates by the words beside it."""
+    before = text[max(0, chain.start() - _BEFORE) : chain.start()]
+    cued = _CUE_BEFORE.search(before) or _CUE_BEHIND.match(text, chain.end())
+    return len(re.findall(_SHARE, chain[0])) if cued and _is_no_measure(text, chain) else 0
+
+
+def _is_no_measure(text: str, found: re.Match[str]) -> bool:
+    """Whether neither a unit stands behind the numbers nor a word of measure before them."""
+    measured = _UNIT.match(text, found.end()) or _MEASURE.search(text, max(0, found.start() - _BEFORE), found.start())
+    return measured is None

@@ -97,18 +97,23 @@ _OTHER_SCRIPT = re.compile(
     "(?![0-9:\uff1a\u4ee5\u524d\u540e\u5f8c\u95f4\u9593\u534a\u5206\u523b\u9803\u671f\u591a]|\u5de6\u53f3)"
     "|[\u0370-\u1dff\ua000-\ud7ff\ufb1d-\ufdff\ufe70-\ufefc]{2}"
 )
-# Points of the compass, and "up" or "high" as a place: "follow-up", "up to 5 mm" and "high in signal" are none.
-_NO_COMPASS = r"(?!\s+(?:syndrome|nile|blot))"
+# Points of the compass, and "up" or "high" as a place. "Follow this up", "gone down in size" and "suspicion is high" are none.
+_NO_COMPASS = r"(?!\s+(?:syndrome|nile|blot|respiratory))"
 _ACROSS = rf"(?:(?:north|south)[\s-]?)?(?:east|west)(?:ern|erly|wards?)?{_NO_COMPASS}"
+_NO_PLACE = (
+    r"(?!\s+(?:the\s+|its\s+)?(?:\w+\s+)?"
+    r"(?:signal|density|attenuation|intensity|contrast|protein|fat|grade|risk|size|number|volume))"
+)
+_LIES = r"(?:l(?:ie|y|ay)(?:s|ing)?|located|situated|positioned|placed|sits?|sitting)"
 _DOWN = (
     r"(?:north|south)(?:ern|erly|wards?)?",
     rf"(?:north|south)[\s-]?(?:east|west)(?:ern|erly|wards?)?{_NO_COMPASS}",
-    r"(?<!follow[\s-])(?<!(?:work|made|come|take)[\s-])(?<!(?:close|build|check|takes|comes)[\s-])(?<!set[\s-])up(?![\s-]{1,2}to\b)",
-    r"down(?!(?:['\u2019]?s)?\s+syndrome)",
-    r"(?:high|low)\s+(?:up|down|(?:in|on|within)(?!\s+(?:signal|density|attenuation|intensity|contrast|protein|fat|grade|risk)))",
-    r"(?:l(?:ie|y|ay)(?:s|ing)?|located|situated|positioned|placed|sits?|sitting)\s+(?:\w+\s+)?(?:high|low)"
-    r"(?!\s+(?:\w+\s+)?(?:signal|density|attenuation|intensity))",
-    r"(?:high|low)(?=\s*(?:[.,;:!?)]|$|or\s+(?:high|low)))|(?:high|low)-(?:lying|riding)",
+    rf"(?<!-)(?<!follow\s)(?:up|down)\s+(?:in|on|near|there|here){_NO_PLACE}|(?:far|further|high|higher|low|lower|way)\s+(?:up|down)",
+    rf"(?:high|low)\s+(?:in|on|within){_NO_PLACE}",
+    rf"{_LIES}\s+(?:\w+\s+)?(?:high|low|up|down)(?!\s+(?:\w+\s+)?(?:signal|density|attenuation|intensity))",
+    r"(?:up|high)\s+or\s+(?:down|low)|(?:down|low)\s+or\s+(?:up|high)",
+    # Alone: "A cyst, high, at", or as an answer.
+    r"(?:(?<=, )|(?<=: )|(?<![\s\S]))(?:very\s+)?(?:up|down|high|low)(?=\s*(?:[.,;:!?)]|$))",
     r"atop|overhead|ceiling|(?:head|foot|feet)wards?",
 )
 _GRID = r"(?:first|second|third|fourth|last|[1-4](?:st|nd|rd|th))\s+(?:{0}|quadrant)|{0}\s+(?:[a-z]|\d+)"  # of "row", "column"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Optional
 
 from umed_plugin.grounding.boxes import Box, is_degenerate
 from umed_plugin.grounding.geometry import ImageGeometry
@@ -122,11 +122,15 @@ def image_in_square(record: Mapping[str, Any], geometry: ImageGeometry) -> Box:
         (0.25, 0.625, 0.75, 0.875)
     """
     (image,) = geometry.to_square([(0, 0, geometry.width, geometry.height)])
-    augmented = record.get("augmented")
-    # In somebody's own records, the key may mean something else.
-    if not isinstance(augmented, Mapping) or "shift" not in augmented:
-        return image
-    return clipped(move_of(augmented).around(image))
+    move = _own_move(record.get("augmented"))
+    return image if move is None else clipped(move.around(image))
+
+
+def _own_move(value: Any) -> Optional[SquareMove]:
+    """What `move_of` reads; None for other values. In somebody's own records, the key ``augmented`` may mean something else."""
+    if not isinstance(value, Mapping) or not {"shift"} <= {*value} <= {field.name for field in fields(SquareMove)}:
+        return None
+    return move_of(value) if isinstance(value["shift"], (list, tuple)) and len(value["shift"]) == 2 else None
 
 
 def kept_fraction(moved: Box) -> float:

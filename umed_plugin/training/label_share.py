@@ -50,7 +50,7 @@ def own_share(
             "and 'source' of a record say whose it is. Studies of one image cannot be in both stages."
         )
     told = f"--umed_label_share {share:g} divides {whole} by patient: {divided}. This is stage {1 + (stage != TUNING)}."
-    told = " ".join([told, *_by_image(records, labelled)])
+    told = " ".join([told, *_in_neither(labelled & shared & ~theirs), *_by_image(records, labelled)])
     if stage != TUNING:
         return records.where(theirs), told
     return records.where(~shared), " ".join([told, *_left_out(records, shared & ~theirs), *_unsure(records, ~shared)])
@@ -58,6 +58,12 @@ def own_share(
 
 def _labelled(records: JoinedRecords) -> np.ndarray:
     return records.column("labelled") & ~records.column("probe") & ~records.column("report")
+
+
+def _in_neither(left: np.ndarray) -> list[str]:
+    """A sentence on the labelled studies of other patients whose image is stage 2's."""
+    count = int(left.sum())
+    return [f"In neither stage, since they share an image with one of stage 2: {_studies(count)}."] if count else []
 
 
 def _by_image(records: JoinedRecords, labelled: np.ndarray) -> list[str]:
@@ -99,7 +105,6 @@ def _left_out(records: JoinedRecords, left: np.ndarray) -> list[str]:
     """A sentence on what stage 1 is not trained on, by kind; none where there is nothing."""
     labelled, probes, reports = _labelled(records), records.column("probe"), records.column("report")
     kinds = (
-        (labelled, "labelled study", "labelled studies"),
         (probes, "probe", "probes"),
         (reports, "report", "reports"),
         (~(labelled | probes | reports), "item without true boxes", "items without true boxes"),
