@@ -5,9 +5,12 @@ from __future__ import annotations
 import doctest
 import importlib
 import random
+import time
+import unicodedata
 
 import pytest
 
+from umed_plugin.data.recipes.recipe import load_recipe, shipped_recipes
 from umed_plugin.data.template_writer import write_conversation
 from umed_plugin.data.templates import NEGATIVES, PHRASINGS
 from umed_plugin.flags.definition import UmedFlags
@@ -58,6 +61,18 @@ def test_every_phrasing_of_our_writer_scores_1(of_run):
         assert scored(text, record, of_run) == 1, text
 
 
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_every_name_of_a_shipped_recipe_scores_1(name, of_templates):
+    """Beside references that do not have it: a run of one class learns nothing of the other names."""
+    recipe = load_recipe(name)
+    for seed, (plain, synonyms) in enumerate(recipe.names.items() if hasattr(recipe, "classes") else ()):
+        record = study(4 * seed + 1) | {"terms": {plain: synonyms}}
+        record["objects"] = {**record["objects"], "ref": [plain]}
+        record["conversations"] = write_conversation(record, SQUARE, random.Random(seed))
+        text = record["conversations"][1]["value"]
+        assert scored(text, record) == scored(text, record, of_templates) == 1, text
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -81,7 +96,7 @@ def test_every_phrasing_of_our_writer_scores_1(of_run):
         ("The weather is fine.", 0.5),
         ("Tumor, tumor, tumor.", 1 / 6),  # nothing but repeated, and no box
         ("A tumor lies here. A tumor lies here.", 0.25),  # clean, and half of it repeated
-        ("Zorp wombat tumor plim gorf.", 0.5),  # invented words are only found beside the references of a run
+        ("Zorp wombat tumor plim gorf.", 0.5),  # invented words are not told from new ones
         ("tumor. tumor. tumor.", 0.0),  # and no sentence begins in small letters
         ("[0.10, 0.20, 0.30, 0.40]", 0.0),
         ("", 0.0),
@@ -97,30 +112,145 @@ def test_the_garbled_answer_is_below_every_clean_one(of_run):
         assert scored(GARBLED, reward=reward) == 0 < 0.5 <= min(scored(text, reward=reward) for text in clean)
 
 
-@pytest.mark.parametrize("how", ["letters", "words"])
-def test_a_text_loses_its_form_with_its_letters_and_with_its_order(how, of_run):
-    """A sixth of the letters is lost, or the words are shuffled. All stay below the worst clean answer."""
-    for seed, record in enumerate(STUDIES[:40]):
-        draw, text = random.Random(seed), record["conversations"][1]["value"]
-        parts = list(text) if how == "letters" else text.split()
-        if how == "words" and len(parts) < 10:
-            continue  # a few words may come next to each other again by chance
-        if how == "words":
-            draw.shuffle(parts)
-        else:
-            parts = [part for part in parts if draw.random() > 1 / 6]
-        garbled = ("" if how == "letters" else " ").join(parts)
-        assert scored(garbled, record, of_run) < 0.5, garbled
+TEMPLATED = [study(seed) for seed in range(48)]  # the references of the demo, a few templates again and again
+
+# In words that the references of templates lack. None names a class of the study, so 0.5 is the most that they can have.
+CLEAN = (
+    "The image shows no focal lesion.",
+    "A well-defined calcification can be identified within the right upper quadrant [0.55, 0.10, 0.70, 0.25].",
+    "There is no acute cardiopulmonary process.",
+    "Both lungs are clear without consolidation, pleural effusion or pneumothorax.",
+    "A spiculated nodule measuring 12 mm is seen in the left lower lobe [0.20, 0.60, 0.35, 0.75].",
+    "The cardiac silhouette is mildly enlarged.",
+    "Several hypodense foci are scattered throughout the hepatic parenchyma.",
+    "Findings are suspicious for metastatic disease; biopsy should be considered.",
+    "A sessile polyp protrudes from the colonic mucosa [0.30, 0.30, 0.50, 0.55].",
+    "Ring enhancement surrounds a necrotic core in the temporal lobe.",
+    "Nothing suspicious was discovered on this radiograph.",
+    "We observe diffuse thickening of the bladder wall.",
+    "An ill-defined opacity obscures the right heart border [0.40, 0.45, 0.60, 0.70].",
+    "Degenerative changes affect the thoracic spine.",
+    "Compared with normal tissue, this zone looks brighter.",
+    "The kidney contains an obstructing stone, roughly 8 mm wide.",
+    "My best guess would be glioblastoma.",
+    "A small well-circumscribed rounded lesion with central fluid attenuation occupies the right hepatic lobe.",
+    # Of the references' own words, in other sentences.
+    "The picture is not normal: in the lower right region there is an area of concern, and I think it is a mass.",
+    "There is a mass in the upper left region of the image, and the diagnosis is most likely a metastasis.",
+    "Yes, the study is abnormal, and there are two areas to mark.",
+    "I see one abnormal finding here. It is in the centre, and the box marks it.",
+    # In other languages.
+    "Im rechten Oberlappen zeigt sich eine unscharf begrenzte Verschattung [0.20, 0.10, 0.40, 0.30].",
+    "Kein Nachweis eines Pleuraergusses oder eines Pneumothorax.",
+    "Die Leber ist vergr\u00f6\u00dfert und enth\u00e4lt mehrere Zysten.",
+    "Unauff\u00e4lliger Befund ohne Hinweis auf eine Raumforderung.",
+    "Man erkennt einen gestielten Polypen an der Darmwand [0.30, 0.30, 0.50, 0.55].",
+    "Das Herz ist normal gro\u00df, die Lungen sind frei bel\u00fcftet.",
+    "Verdacht auf eine Metastase im linken Stirnlappen.",
+    "Beidseits finden sich streifige Verdichtungen, am ehesten narbig.",
+    "Une opacit\u00e9 mal limit\u00e9e occupe le lobe sup\u00e9rieur droit.",
+    "El h\u00edgado y el bazo no muestran lesiones focales.",
+    "Si osserva un nodulo nel lobo inferiore sinistro e un versamento a destra.",
+    "\u80ba\u90e8\u672a\u89c1\u660e\u663e\u5f02\u5e38\u3002",
+    "\u5de6\u80ba\u4e0a\u53f6\u53ef\u89c1\u4e00\u7ed3\u8282\uff0c\u8fb9\u754c\u6e05\u695a\u3002",
+    "\u0412 \u043f\u0440\u0430\u0432\u043e\u043c \u043b\u0451\u0433\u043a\u043e\u043c \u0435\u0441\u0442\u044c \u043e\u0447\u0430\u0433.",
+)
+
+
+@pytest.fixture(scope="module")
+def of_templates():
+    """The reward of a run whose 200 references are those of 48 records."""
+    return make_rewards(UmedFlags(umed_stage="rewarding", umed_rewards="format"), ".", (TEMPLATED * 5)[:200])["format"]
+
+
+@pytest.mark.parametrize("text", CLEAN)
+def test_clean_language_in_other_words_keeps_its_half(text, of_templates, of_run):
+    decomposed = unicodedata.normalize("NFD", text)
+    for reward in (None, of_templates, of_run):
+        assert scored(text, reward=reward) >= 0.5 and scored(decomposed, reward=reward) >= 0.5
+
+
+def lose_letters(text, draw):
+    return "".join(letter for letter in text if draw.random() > 1 / 6)
+
+
+def lose_spaces(text, draw):
+    return "".join("" if letter == " " and draw.random() < 0.5 else letter for letter in text)
+
+
+def shuffled(text, draw):
+    words = text.split()
+    draw.shuffle(words)
+    return " ".join(words)
+
+
+def repeated(text, draw):
+    return " ".join(word for word in text.split() for _ in range(draw.choice((2, 3))))
+
+
+@pytest.mark.parametrize("garble", [lose_letters, lose_spaces, shuffled, repeated])
+def test_a_garbled_reference_is_below_clean_language(garble, of_templates):
+    """A short text may lose little, such as one letter of one word. Of ten words or more, nearly all are found."""
+    values = []
+    for number, record in enumerate([*TEMPLATED, *STUDIES[48:148]]):
+        text = record["conversations"][1]["value"]
+        if len(text.split()) >= 10:
+            values += [scored(garble(text, random.Random(f"{number} {n}")), record, of_templates) for n in range(3)]
+    assert len(values) > 300 and sum(value < 0.5 for value in values) > 0.94 * len(values)
+    assert sum(values) / len(values) < 0.25
+
+
+@pytest.mark.parametrize("garble", [lose_letters, lose_spaces, shuffled, repeated])
+def test_garbling_other_words_never_pays(garble, of_templates):
+    for number, text in enumerate(CLEAN):
+        assert scored(garble(text, random.Random(number)), reward=of_templates) <= scored(text, reward=of_templates)
+
+
+def test_a_word_salad_of_the_references_words_is_below_clean_language(of_templates):
+    salad = "The lower of the area calcification with an is. the which lies of the in a the image a of."
+    assert scored(salad, reward=of_templates) < 0.4
+    words = sorted({word for record in TEMPLATED for word in record["conversations"][1]["value"].split()})
+    for seed in range(50):
+        text = " ".join(random.Random(seed).choices(words, k=20))
+        assert scored(text, reward=of_templates) < 0.5, text
+
+
+def test_words_of_many_references_are_compared_fast():
+    letters = random.Random(0)
+    words = ["".join(letters.choices("abcdefghilmnoprstu", k=9)) for _ in range(6000)]
+    wording = Wording.of([" ".join(words[:4000])])
+    began = time.perf_counter()
+    language(" ".join(words[4000:]), wording=wording)
+    assert time.perf_counter() - began < 20
 
 
 def test_a_few_records_show_no_wording():
     flags = UmedFlags(umed_stage="rewarding", umed_rewards="format")
     few = make_rewards(flags, ".", STUDIES[: LEAST_RECORDS - 1])["format"]
     many = make_rewards(flags, ".", STUDIES[:LEAST_RECORDS])["format"]
-    strange = (
-        "The finding is located at [0.10, 0.20, 0.30, 0.40], in the upper left. Its appearance suggests uvox tumor."
+    damaged = "The fiding is loated at [0.10, 0.20, 0.30, 0.40], in theupper left. Its appearnce suggests tumor."
+    assert scored(damaged, reward=few) == 1 and scored(damaged, reward=many) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "faulty"),
+    [
+        ("An uvox lies in the upper left.", []),  # a new word
+        ("A fiding lies in the upper left.", []),  # one may be like theirs by chance
+        ("A fiding lies in theupper left.", ["fiding", "theupper"]),
+        ("A fiding lies in theupper lefft.", ["fiding", "theupper", "lefft."]),  # then new words are judged
+        ("Finding and findings, region and regions, looks and look.", []),
+    ],
+)
+def test_damaged_words_count_where_there_are_several(text, faulty):
+    wording = Wording.of(
+        [
+            "A finding lies in the upper left.",
+            "An area and regions that look normal.",
+            "Findings and region, and looks.",
+        ]
     )
-    assert scored(strange, reward=few) > scored(strange, reward=many)
+    assert faulty_words(text, wording=wording) == faulty
 
 
 def test_words_of_the_references_are_never_faulty():

@@ -3,16 +3,20 @@
 Without a language model this can only be told from the outside. Two sources are used:
 
 - the form of a word: letters mixed with digits (``there0``), words run together at a full stop (``tumor.c2``), a single letter,
-  no vowel, a letter three times in a row, a bracket that is never closed, a small letter after a full stop;
-- the wording of the references, if they are given (`Wording`): a word with three letters in a row that no word of a reference
-  has (``isain``), and pairs of words that no reference has, for words in an order that means nothing.
+  no vowel, a letter three times in a row, more than 30 letters, a bracket that is never closed, a small letter after a full stop;
+- the wording of the references, if they are given (`Wording`): a word that is one of theirs without some of its letters
+  (``consstent``), or several run together (``areain``); and words of theirs in an order that means nothing.
 
-A word of the references has no faulty form, so ``pT2N0`` may stand in an answer where it may stand in a reference.
+New words are no fault, in whatever language: the references of a few templates have some hundred words, and an answer may have
+others. So neither invented words are found, nor new ones in a wrong order. A single word may look damaged by chance. Where several
+do, new words count too that have three letters in a row that no reference has. A word of the references has no faulty form, so
+``pT2N0`` may stand in an answer where it may stand in a reference.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,12 +26,18 @@ from umed_plugin.grounding.boxes import blot_boxes, rewrite_boxes
 
 # A text with at least this share of faulty words reads like no language at all.
 GARBLED = 0.25
-# Share of pairs of neighbouring words that a text in the references' language shares with them. Words in random order share
-# about a tenth, new sentences about the same findings more than half.
-FAMILIAR = 0.3
+# Of the words of a text, one in eight may look damaged, and one in any case.
+DAMAGED_ALLOWED = 8
+# Of the pairs of neighbouring words that the references use, a text in their language shares this share with them. Words in random
+# order share about a tenth, new sentences about the same findings more than half. A few pairs may all be new.
+FAMILIAR, FEWEST_PAIRS = 0.4, 6
+_MOST_LETTERS = 30
+_MANY_WORDS = 500  # of the references; a short word is like some of them by chance
+_WORDS_OF_ONE_LETTER = "aeiouyx"  # in some languages; "x" in "3 x 4"
 
 _BOX = "\x00"
-_OUTSIDE = "\"'`*_.,;:!?()[]{}<>\u2018\u2019\u201c\u201d\u2026\u2013\u2014-/"
+_WIDE = "\u3001\u3002\uff0c\uff0e\uff01\uff1a\uff1b\uff1f\u300c\u300d\uff08\uff09"  # punctuation without spaces, such as in Chinese
+_OUTSIDE = f"\"'`*_.,;:!?()[]{{}}<>\u2018\u2019\u201c\u201d\u2026\u2013\u2014-/{_WIDE}"
 _PLAIN = re.compile(
     r"""
     [^\W\d_]+(?:['\u2019/-][^\W\d_]+)*                   # a word, also with hyphens
@@ -38,6 +48,7 @@ _PLAIN = re.compile(
     """,
     re.X,
 )
+_AFTER_WIDE = re.compile(f"([{_WIDE}])")
 _NO_VOWEL = re.compile(r"[b-df-hj-np-tv-xz]{4,}", re.I)
 _THRICE = re.compile(r"([a-z])\1\1", re.I)
 _LETTERS = re.compile(r"[^\W\d_]+")
@@ -76,15 +87,30 @@ class Wording:
             row = _row(text)
             pairs.update(zip(row, row[1:]))
             words.update(word for chunk in _chunks(text) for word in (chunk.lower(), *_LETTERS.findall(chunk.lower())))
-        words.discard("")
+        words -= {"", _BOX}
         parts = frozenset(part for word in words for part in _parts(word))
-        return cls(frozenset(words - {_BOX}), parts, frozenset(pairs))
+        return cls(frozenset(words), parts, frozenset(pairs))
 
     def familiar(self, text: str) -> float:
-        """0-1: 1 if at least `FAMILIAR` of the text's pairs of words stand in a reference, less in proportion."""
+        """0-1: 1 if at least `FAMILIAR` of the pairs of the references' words stand in a reference, less in proportion.
+
+        Pairs with a new word say nothing. Fewer than `FEWEST_PAIRS` others say too little.
+        """
         row = _row(text)
-        known = sum(pair in self.pairs for pair in zip(row, row[1:]))
-        return min(1.0, known / (FAMILIAR * (len(row) - 1))) if len(row) > 2 else 1.0
+        pairs = [pair for pair in zip(row, row[1:]) if all(map(self._has, pair))]
+        known = sum(pair in self.pairs for pair in pairs)
+        return min(1.0, known / (FAMILIAR * len(pairs))) if len(pairs) >= FEWEST_PAIRS else 1.0
+
+    def is_damaged(self, chunk: str) -> bool:
+        """Whether a word that no reference has is one of theirs without some of its letters, or several run together."""
+        return any(_is_damaged(word, self) for word in _LETTERS.findall(chunk.lower()))
+
+    def is_strange(self, chunk: str) -> bool:
+        """Whether a word has letters next to each other that no word of a reference has."""
+        return any(part not in self.parts for word in _LETTERS.findall(chunk.lower()) for part in _parts(word))
+
+    def _has(self, word: str) -> bool:
+        return word in self.words or word in (_BOX, "0")
 
 
 def language(text: str, known: Collection[str] = (), wording: Wording | None = None) -> float:
@@ -104,7 +130,8 @@ def language(text: str, known: Collection[str] = (), wording: Wording | None = N
     total = sum(chunk != _BOX for chunk in _chunks(text))
     if not total:
         return 0.0
-    clean = max(0.0, 1 - len(faulty_words(text, known, wording)) / (GARBLED * total))
+    lost = len(faulty_words(text, known, wording))
+    clean = max(0.0, 1 - lost / (GARBLED * total))
     return clean * (1.0 if wording is None else wording.familiar(text))
 
 
@@ -136,16 +163,36 @@ def known_words(record: Mapping[str, Any]) -> frozenset[str]:
 
 
 def faulty_words(text: str, known: Collection[str] = (), wording: Wording | None = None) -> list[str]:
-    """The words of a text that are none, and its brackets without a counterpart, in order; arguments as for `language`."""
-    faulty, begins, blotted = [], False, _blotted(text)
+    """The words of a text that are none, its brackets without a counterpart, and then words that are probably none.
+
+    Arguments as for `language`.
+    """
+    faulty: list[str] = []
+    new: list[tuple[str, str]] = []  # as written, and without punctuation
+    begins, blotted = False, _blotted(text)
     for written in blotted.split():
-        chunk = written.strip(_OUTSIDE)
+        chunk, shown = written.strip(_OUTSIDE), written.replace(_BOX, "[box]")
         if chunk and chunk != _BOX and not _ENUMERATED.fullmatch(written):
-            strange = _is_faulty(chunk) or (wording is not None and _is_strange(chunk, wording))
-            if (begins and chunk[0].islower()) or (strange and not _is_known(chunk, known, wording)):
-                faulty.append(written.replace(_BOX, "[box]"))
+            unknown = not _is_known(chunk, known, wording)
+            if (begins and chunk[0].islower()) or (unknown and _is_faulty(chunk)):
+                faulty.append(shown)
+            elif unknown:
+                new.append((shown, chunk))
         begins = written[-1] in ".!?" and written.lower() not in _ABBREVIATIONS and not _LISTED.fullmatch(written)
-    return faulty + _unmatched_brackets(blotted)
+    return faulty + _unmatched_brackets(blotted) + _probably_faulty(new, count_words(text), wording)
+
+
+def _probably_faulty(new: Iterable[tuple[str, str]], total: int, wording: Wording | None) -> list[str]:
+    """Of the new words of a text those that count as faulty; none where no more look damaged than in a clean text."""
+    if wording is None:
+        return []
+    damaged, strange = [], []
+    for shown, chunk in new:
+        if wording.is_damaged(chunk):
+            damaged.append(shown)
+        elif wording.is_strange(chunk):
+            strange.append(shown)
+    return damaged + strange if len(damaged) > max(1, total // DAMAGED_ALLOWED) else []
 
 
 # The number or letter of a list ("1.", "a."), and an abbreviation with a full stop in it ("e.g.").
@@ -206,14 +253,63 @@ def _is_faulty(chunk: str) -> bool:
     """Whether a word has a form that no word has."""
     if not _PLAIN.fullmatch(chunk) or _THRICE.search(chunk):
         return True
-    if len(chunk) == 1 and chunk.isascii() and chunk.islower() and chunk not in "ax":
+    if len(chunk) == 1 and chunk.isascii() and chunk.islower() and chunk not in _WORDS_OF_ONE_LETTER:
+        return True
+    if any(len(word) > _MOST_LETTERS and _has_spaces(word) for word in _LETTERS.findall(chunk)):
         return True
     return chunk.islower() and bool(_NO_VOWEL.fullmatch(chunk.replace("y", "a")))
 
 
-def _is_strange(chunk: str, wording: Wording) -> bool:
-    """Whether a word has letters next to each other that no word of a reference has."""
-    return any(part not in wording.parts for word in _LETTERS.findall(chunk.lower()) for part in _parts(word))
+@lru_cache(maxsize=4096)
+def _is_damaged(word: str, wording: Wording) -> bool:
+    least = 4 if len(wording.words) < _MANY_WORDS else 5
+    if word in wording.words or len(word) < least or not _has_spaces(word):
+        return False
+    return _lacks_letters(word, wording) or _runs_together(word, wording)
+
+
+def _has_spaces(word: str) -> bool:
+    """Whether words of this script stand between spaces, by its capital letters. Chinese, Japanese and Thai have neither."""
+    return word.lower() != word.upper()
+
+
+def _runs_together(word: str, wording: Wording) -> bool:
+    """Whether words of the references, of two letters or more, make up the word; one of them may lack letters."""
+    ends, damaged = {0}, set[int]()  # of what words make up from the beginning, the latter with one that lacks letters
+    for end in range(2, len(word) + 1):
+        for start in range(end - 1):
+            part = word[start:end]
+            if part in wording.words:
+                ends |= {end} if start in ends else set()
+                damaged |= {end} if start in damaged else set()
+            elif start in ends and 4 <= len(part) < len(word) and _lacks_letters(part, wording):
+                damaged.add(end)
+    return len(word) in ends | damaged
+
+
+def _lacks_letters(word: str, wording: Wording) -> bool:
+    """Whether a longer word of the references has all its letters in this order, and does not only end later, as a plural does."""
+    letters, longest = {*word}, 1.5 * len(word)
+    return any(
+        letters <= own and len(word) < len(other) <= longest and not other.startswith(word) and _is_within(word, other)
+        for other, own in _by_beginning(wording).get(word[0], ())
+    )
+
+
+@lru_cache(maxsize=4)
+def _by_beginning(wording: Wording) -> dict[str, list[tuple[str, frozenset[str]]]]:
+    """A letter -> the references' words, with their letters, whose first or second letter it is: they may have lost the first."""
+    found: dict[str, list[tuple[str, frozenset[str]]]] = {}
+    for word in wording.words:
+        for letter in {*word[:2]}:
+            found.setdefault(letter, []).append((word, frozenset(word)))
+    return found
+
+
+def _is_within(word: str, other: str) -> bool:
+    """Whether the letters of a word stand in the other one, in their order."""
+    letters = iter(other)
+    return all(letter in letters for letter in word)
 
 
 def _unmatched_brackets(blotted: str) -> list[str]:
@@ -241,10 +337,14 @@ def _row(text: str) -> list[str]:
 
 @lru_cache(maxsize=512)
 def _blotted(text: str) -> str:
-    return blot_boxes(text.replace(_BOX, " "), f" {_BOX} ")
+    text = unicodedata.normalize("NFC", text)  # an accent may be a sign of its own
+    return _AFTER_WIDE.sub(r"\1 ", blot_boxes(text.replace(_BOX, " "), f" {_BOX} "))
 
 
 def _chunks(text: str, keep_boxes: bool = False) -> list[str]:
     """What stands between spaces, without the punctuation around it; each box is one, `_BOX` or its numbers."""
-    written = rewrite_boxes(text, lambda box: f" {_BOX}{box} ".replace(", ", ",")) if keep_boxes else _blotted(text)
+    if keep_boxes:
+        written = _AFTER_WIDE.sub(r"\1 ", rewrite_boxes(text, lambda box: f" {_BOX}{box} ".replace(", ", ",")))
+    else:
+        written = _blotted(text)
     return [chunk for chunk in (part.strip(_OUTSIDE) for part in written.split()) if chunk]

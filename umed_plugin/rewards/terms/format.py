@@ -31,11 +31,12 @@ def format(
     - ``boxes``: share of the named classes that a box can belong to, times the share of the boxes that have an area, lie in the
       square and are not the same box again. Without a name and a box: 1 for an answer that says that nothing is abnormal, else 0.
 
-    So an answer in clean language scores at least 0.5 if no words repeat. It says nothing about truth: a wrong diagnosis in good
-    form scores 1. Use it beside `relevance` and `localization`.
+    So an answer in clean language scores at least 0.5 if no words repeat, also in words that no reference has. It says nothing
+    about truth: a wrong diagnosis in good form scores 1. Use it beside `relevance` and `localization`.
 
     In a run with at least 100 training records, the language is compared with that of their references (`FormatOf`). Only then
-    are invented words found, and right words in a wrong order.
+    are their words found with letters or spaces lost, and in a wrong order. Invented words are not found, nor is a wrong order of
+    words that the references lack.
 
     Example:
         >>> study = {"terms": {"cyst": ["cyst"]}, "conversations": [{"value": "Where?"}, {"value": "A cyst."}]}
