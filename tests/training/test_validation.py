@@ -117,6 +117,7 @@ def test_training_samples_the_same_answers_with_and_without_the_curve(taught, wi
     """And with and without the check of the first step, which this short run does only where it is asked for."""
     run = rewarding(*taught[:2], tmp_path / "without", "--umed_start_check", "2")
     assert len(re.findall(CHECKED, run.stdout)) == 1
+    assert run.stdout.count("umed: nothing compares answers to training studies with those to held-out ones") == 1
     assert curve(tmp_path / "without") == {}
     sampled = [(output / "candidates.jsonl").read_text() for output in (with_curve, tmp_path / "without")]
     assert len(sampled[0].splitlines()) == 5
@@ -136,7 +137,7 @@ def test_two_processes_answer_each_record_once(taught, with_curve, tmp_path):
     """Five records do not divide by two, and one process has a batch more."""
     more = ("--umed_val_every", "9", "--max_steps", "1", "--umed_start_check", "16")
     run = rewarding(*taught[:2], tmp_path / "two", *more, launcher=TWO_PROCESSES)
-    assert len(re.findall(CHECKED, run.stdout)) == 1
+    assert len(re.findall(CHECKED, run.stdout)) == 1 and "nothing compares" not in run.stdout
     assert curve(tmp_path / "two")[0] == pytest.approx(curve(with_curve)[0], abs=1e-6)
 
 
@@ -173,6 +174,21 @@ def test_the_start_check_says_that_no_record_has_a_box(monkeypatch, capsys):
     args = SimpleNamespace(process_index=0, world_size=1)
     StartCheck(trainer).on_train_begin(args, SimpleNamespace(global_step=0, max_steps=1), None)
     assert "none of the 70 training records has a box" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("iou", "every", "told"), [(0.95, 0, True), (0.7, 0, False), (0.95, 20, False)])
+def test_the_start_check_hints_at_training_studies_known_by_heart(iou, every, told, monkeypatch, capsys):
+    """With a held-out validation, the guards compare, and need no hint."""
+    records = SimpleNamespace(column={"has_boxes": np.ones(70, dtype=bool)}.__getitem__)
+    flags = UmedFlags(umed_stage="rewarding", umed_rewards="localization", umed_start_check=2, umed_val_every=every)
+    trainer = SimpleNamespace(flags=flags, train_dataset=SimpleNamespace(list_data_dict=records))
+    monkeypatch.setattr(StartCheck, "_sample", lambda self, indices: (["[0.1, 0.1, 0.2, 0.2]"], [8, 8, 0, 8 * iou]))
+    monkeypatch.setattr(StartCheck, "_of_all_ranks", lambda self, counts: counts)
+    args = SimpleNamespace(process_index=0, world_size=1)
+    StartCheck(trainer).on_train_begin(args, SimpleNamespace(global_step=0, max_steps=20), None)
+    printed = capsys.readouterr()
+    assert f"their mean IoU is {iou:.2f}" in printed.out
+    assert ("Stage 1 may know them by heart" in printed.err and "--umed_val_every 20" in printed.err) is told
 
 
 def test_the_choice_of_records_does_not_depend_on_their_order():

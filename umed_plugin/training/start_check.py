@@ -4,6 +4,9 @@ Rewards for boxes are 0 for every answer of a checkpoint that writes none. All a
 hours of training teach nothing. So answers are sampled to a few training studies with a lesion, as the run samples them. If none
 has a box, the run ends with a message. The random state is left as it was: a run is the same with and without the check.
 
+Where the boxes are nearly all right, stage 1 may know the training studies by heart. `umed_plugin.rewards.guards` tells that by a
+held-out validation. A run without one is told that nothing compares.
+
 How to run: by itself before stage 2, if a reward looks at boxes (`BOX_REWARDS`) and the run has 20 steps or more.
 ``--umed_start_check 16`` checks a shorter one too, and ``--umed_start_check 0`` none.
 """
@@ -34,6 +37,12 @@ STUDIES = 16
 FEWEST_STEPS = 20  # shorter runs are trials
 _CANDIDATES = 4
 _FEW = 0.05  # share of answers with a box below which the run is warned
+_BY_HEART = 0.8  # mean IoU on training studies from which on they may be known by heart
+
+NOT_COMPARED = (
+    "nothing compares answers to training studies with those to held-out ones, so a stage 1 that knows the training studies by "
+    "heart goes unnoticed. --umed_val_every 20 compares them where the records have a split val."
+)
 
 
 class StartCheck(TrainerCallback):
@@ -74,6 +83,11 @@ class StartCheck(TrainerCallback):
         if args.process_index == 0:
             found = f"{int(boxed)} of {int(answers)} answers sampled to {len(indices)} training studies have a box"
             note(f"before the first step, {found}; their mean IoU is {iou / answers:.2f}.")
+            if iou > _BY_HEART * answers and not flags.umed_val_every:
+                warn(
+                    f"the mean IoU of {iou / answers:.2f} is on training studies. Stage 1 may know them by heart, and stage 2 "
+                    "can learn little from them then. --umed_val_every 20, or umed evaluate, says what held-out studies score."
+                )
             if boxed < _FEW * answers:
                 warn(f"{found}: few answers can be rewarded for boxes. A longer stage 1 is likely to bring more.")
 

@@ -55,7 +55,7 @@ from umed_plugin.training.run_precision import precision_of
 from umed_plugin.training.run_settings import stored_settings
 from umed_plugin.training.sampler import EpochSampler
 from umed_plugin.training.schedule_check import ScheduleCheck
-from umed_plugin.training.start_check import StartCheck
+from umed_plugin.training.start_check import NOT_COMPARED, StartCheck
 from umed_plugin.training.step_metrics import StepMetrics, metric_names, takes_metrics
 from umed_plugin.training.stopping import RewardError, StopForReward
 from umed_plugin.training.validation import HeldOutValidation
@@ -92,6 +92,8 @@ class RewardingTrainer(LLaVATrainer):
         for sentence in remarks_on_records(rewards, records):
             if args.process_index == 0:
                 note(sentence)
+        if args.process_index == 0 and not flags.umed_val_every:
+            note(NOT_COMPARED)
         self.metrics = StepMetrics(self, flags, metric_names(flags, rewards))
         self.add_callback(StopForReward(rewards, self.metrics.on_any_rank))
         if flags.umed_feature_cache is not None:
