@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
 from umed_plugin.commands.demo.studies import make_studies
 from umed_plugin.commands.upgrade.checks import check_stages
 from umed_plugin.commands.upgrade.decision import decide
+from umed_plugin.commands.upgrade.gain import more_studies
 from umed_plugin.commands.upgrade.run import Upgrade
-from umed_plugin.commands.upgrade.settings import read_settings
+from umed_plugin.commands.upgrade.settings import read_settings, write_settings
 from umed_plugin.commands.upgrade.summary import decision_of
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.recipe import RECIPE
@@ -99,8 +103,107 @@ LOW, HIGH = evaluation([n / 40 for n in range(20)]), evaluation([n / 40 + 0.1 + 
 )
 def test_what_a_trial_must_show(log, before, after, pays, words):
     decided = decide(log, before, after)
-    assert decided.pays == pays and words in " ".join(decided.reasons)
-    assert set(decided.as_json()["trial"]) == {"mean_iou", "accuracy"}
+    assert decided.starts == pays and words in " ".join(decided.reasons)
+    assert set(decided.as_json()["trial"]) == {"mean_iou", "accuracy", "mean"}
+
+
+def shifted(gains, accuracy=()):
+    """Two evaluations of as many studies: the IoU rises by ``gains``, and the accuracy of the first studies by 1 or -1."""
+    before, after = evaluation([0.4] * len(gains)), evaluation([0.4 + gain for gain in gains])
+    for old, new, change in zip(before.predictions, after.predictions, accuracy):
+        old.values["accuracy"], new.values["accuracy"] = (0.0, 1.0) if change > 0 else (1.0, 0.0)
+    return before, after
+
+
+# Paired differences about +0.001, -0.040 with +0.050, and +0.0001, each with an interval around 0 or a mean that has one.
+NOISY = shifted([0.001 + 0.1 * (-1) ** n for n in range(40)])
+AGAINST_EACH_OTHER = shifted([-0.04 + 0.15 * (-1) ** n for n in range(40)], [1, 1, 1, 1, -1, -1])
+TINY = shifted([0.0001 + 0.001 * (-1) ** n for n in range(40)])
+
+
+@pytest.mark.llava
+@pytest.mark.parametrize("noise", [NOISY, AGAINST_EACH_OTHER, TINY])
+def test_a_gain_that_may_be_noise_is_not_said_to_be_one(noise):
+    decided = decide(QUIET, *noise)
+    mean, words = decided.differences["mean"], " ".join(decided.reasons)
+    assert mean["difference"] > 0 > mean["ci95"][0] and decided.verdict == "cannot tell" and not decided.starts
+    assert "cannot tell whether stage 2 raises" in words and "has raised" not in words and "mean +0.000 " not in words
+    assert decide(QUIET, *noise, start_if_unsure=True).starts
+    # More studies of the same kind tell, and about as many as was said.
+    (told,) = re.findall(r"it takes about ([\d,]+) more held-out studies to tell, beside the 40 that", words)
+    needed = 1 + int(told.replace(",", "")) / 40
+    assert needed == pytest.approx(((mean["difference"] - mean["ci95"][0]) / mean["difference"]) ** 2, rel=0.05)
+
+
+@pytest.mark.llava
+def test_so_many_more_studies_tell():
+    gains = [0.02 + 0.1 * (-1) ** n for n in range(40)]
+    unsure = decide(QUIET, *shifted(gains))
+    more = more_studies(unsure.differences["mean"])
+    assert unsure.verdict == "cannot tell" and 40 < more < 80
+    assert decide(QUIET, *shifted(gains * 2)).verdict == "cannot tell"
+    assert decide(QUIET, *shifted(gains * 3)).verdict == "pays"
+
+
+@pytest.mark.llava
+def test_too_few_studies_for_an_interval_cannot_tell():
+    decided = decide(QUIET, *shifted([0.2, 0.3, 0.1]))
+    assert decided.verdict == "cannot tell" and "It takes at least 5 patients or images" in " ".join(decided.reasons)
+    assert decided.differences["mean"]["ci95"] is None
+
+
+@pytest.mark.llava
+def test_the_mean_is_of_studies_with_a_lesion_and_of_all_studies():
+    before, after = shifted([0.1, 0.2, 0.3, 0.1, 0.2, 0.3], [1, 1, 1])
+    for one in (before, after):
+        del one.predictions[0].values["mean_iou"]
+    found = decide(QUIET, before, after).differences
+    assert found["mean"]["difference"] == pytest.approx((found["mean_iou"]["difference"] + 3 / 6) / 2)
+    assert (found["mean_iou"]["n"], found["accuracy"]["n"], found["mean"]["n"]) == (5, 6, 6)
+
+
+EARLIER = {"stage_2": "started", "because": ["the trial has raised what held-out studies score: IoU +0.001."]}
+
+
+@pytest.mark.llava
+def test_what_an_earlier_version_decided_by_the_same_trial_stands(tiny_mistral, tmp_path, monkeypatch):
+    """Its stage 2 may be half done. Another trial is decided anew."""
+    records = records_with(tmp_path / "a", ["train", "train", "val", "test"])
+    plan = upgrade_of(tiny_mistral, records, tmp_path / "run", rewarding="auto").plan
+    folder, kept = plan.trial()[0].outputs[0], plan.folder / "trial" / "decision.json"
+    for made in (folder, kept.parent):
+        made.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": QUIET}))
+    old = decide(QUIET, *NOISY).as_json()["trial"]
+    del old["mean"]
+    kept.write_text(json.dumps({**EARLIER, "trial": old}))
+    for trial, starts in ((NOISY, True), (TINY, False)):
+        sides = iter(trial)
+        monkeypatch.setattr(Evaluation, "load", lambda folder, sides=sides: next(sides))
+        assert decision_of(plan).starts is starts
+    assert json.loads(kept.read_text())["verdict"] == "cannot tell"
+    # Of a trial that was removed, the setting still decides.
+    shutil.rmtree(folder)
+    assert not decision_of(plan).starts
+    sets = {"rewarding": "auto", "rewarding.when_unsure": "start"}
+    plan = upgrade_of(tiny_mistral, records, tmp_path / "run", **sets).plan
+    assert decision_of(plan).starts and decision_of(plan).as_json()["stage_2"] == "started"
+
+
+@pytest.mark.llava
+def test_the_decision_names_the_command_that_trains_stage_1_longer(tiny_mistral, tmp_path):
+    records = records_with(tmp_path / "a", ["train", "train", "val", "test"])
+    upgrade = upgrade_of(tiny_mistral, records, tmp_path / "run", rewarding="auto", label_share=0.5)
+    (tmp_path / "run").mkdir()
+    write_settings(upgrade.settings, tmp_path / "run" / "run.yaml")
+    words = shlex.split(upgrade.plan.longer_stage_1())
+    assert words[:4] == ["umed", "upgrade", "--config", str(tmp_path / "run" / "run.yaml")]
+    changes = dict(word.split("=") for word in words if "=" in word)
+    longer = read_settings(
+        tmp_path / "run" / "run.yaml", {key: yaml.safe_load(value) for key, value in changes.items()}
+    )
+    assert (longer.rewarding.run, longer.instruction_tuning.epochs, longer.label_share) == ("never", 6, None)
+    assert longer.instruction_tuning.learning_rate == upgrade.settings.instruction_tuning.learning_rate
 
 
 BY_HEART, ALIKE = (
@@ -168,7 +271,7 @@ def test_the_trial_comes_between_the_stages_and_held_out_records_are_answered_wh
     looks = {step.name for step in auto.steps if "--umed_start_check 0" in step.line()}
     assert looks == {trial[0], "stage_2_rewarding"}
     assert not any("--umed_start_check" in step.command for step in plain.steps)
-    auto.plan.pays = False
+    auto.plan.goes_on = False
     assert [step.name for step in auto.plan.steps()] == [*expected[:place], *trial, "checkpoint_rewarding"]
     last = auto.plan.steps()[-1]
     assert last.outputs == (auto.plan.result,) and "instruction_tuning" in str(last.inputs["trained"])
@@ -233,7 +336,7 @@ def test_labels_that_no_stage_would_use_are_not_set_aside_in_silence(tiny_mistra
     (training.outputs[0] / "trainer_state.json").write_text(json.dumps({"log_history": QUIET}))
     for _ in ("decided", "read again"):
         found = decision_of(plan)
-        assert not found.pays and "nothing has trained on the others" in found.as_json()["because"][-1]
+        assert not found.starts and "nothing has trained on the others" in found.as_json()["because"][-1]
         shutil.rmtree(training.outputs[0], ignore_errors=True)
 
 

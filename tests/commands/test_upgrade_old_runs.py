@@ -161,7 +161,7 @@ def test_an_old_run_is_gone_on_with_from_its_evaluations(folder):
     expected = {**manifest["settings"], "bits": 16, "augment": False, "label_share": None}
     expected["evaluation"] = {**expected["evaluation"], "recipe": None, "data_root": None}
     expected["lora"] = {**expected["lora"], "targets": None}
-    expected["rewarding"] = {**expected["rewarding"], "run": "always", "trial_steps": 40}
+    expected["rewarding"] = {**expected["rewarding"], "run": "always", "trial_steps": 40, "when_unsure": "leave_out"}
     assert new["settings"] == expected
     # A training of today would also look at held-out studies.
     today = [re.sub(r" --umed_val_every \d+", "", line) for line in new["commands"]]

@@ -4,7 +4,7 @@ Order: (the full checkpoint of a LoRA input,) records, evaluation of the input, 
 checkpoint, evaluation. Each stage trains from a checkpoint in the input's own layout and dtypes. So the model that stage 2
 starts from, and its KL term refers to, is the model that was evaluated.
 
-With ``rewarding: auto`` a trial of stage 2 comes after stage 1's evaluation, and then either stage 2 or the end: `Plan.pays`.
+With ``rewarding: auto`` a trial of stage 2 comes after stage 1's evaluation, and then either stage 2 or the end: `Plan.goes_on`.
 Trainings answer held-out records every ``save_steps`` steps where the records have a split ``val``. That changes nothing of what
 they train, so it is not among a step's settings.
 
@@ -27,7 +27,7 @@ from umed_plugin import __version__
 from umed_plugin.commands.upgrade.held_out import HeldOut
 from umed_plugin.commands.upgrade.named_files import named_files
 from umed_plugin.commands.upgrade.origin import Origin
-from umed_plugin.commands.upgrade.settings import Settings, Stage
+from umed_plugin.commands.upgrade.settings import RUN_FILE, Settings, Stage
 from umed_plugin.commands.upgrade.training import launcher, program, training_flags, trial_flags, unchecked_start
 from umed_plugin.data.prepared import has_pseudo_boxes
 from umed_plugin.data.recipes.recipe import load_recipe
@@ -100,10 +100,10 @@ class Plan:
         origin: the checkpoint to upgrade.
 
     Attributes:
-        pays: what the trial of ``rewarding: auto`` has said; None while it has not, and without it.
+        goes_on: whether stage 2 follows the trial of ``rewarding: auto``; None while it has not decided, and without it.
     """
 
-    pays: Optional[bool] = None
+    goes_on: Optional[bool] = None
 
     def __init__(self, folder: Path, settings: Settings, origin: Origin) -> None:
         self.folder, self.settings, self.origin = folder, settings, origin
@@ -118,8 +118,8 @@ class Plan:
 
     @property
     def evaluated(self) -> tuple[str, ...]:
-        """The stages whose checkpoints are evaluated: without stage 2, if it is not run or its trial did not pay."""
-        return ("base", *(STAGES[:1] if self.pays is False else self.settings.stages))
+        """The stages whose checkpoints are evaluated: without stage 2, if it is not run or its trial ended the run."""
+        return ("base", *(STAGES[:1] if self.goes_on is False else self.settings.stages))
 
     def _in_runs(self, name: str) -> Path:
         family = "llava-mistral" if self.origin.config["model_type"] == "llava_mistral" else "llava"
@@ -138,7 +138,7 @@ class Plan:
             self._evaluation(TUNING, self.tuned, test),
         ]
         steps += self.trial() if self.settings.rewarding.run == "auto" else []
-        if self.pays is False or REWARDING not in self.settings.stages:
+        if self.goes_on is False or REWARDING not in self.settings.stages:
             return [*steps, self._checkpoint(REWARDING, tuning, self.start, self.result)]
         stage = self.settings.rewarding
         flags = unchecked_start(stage) if stage.run == "auto" else {}  # the trial has decided
@@ -163,6 +163,18 @@ class Plan:
             for name, path in (("before", self.tuned), ("after", self.tried))
         )
         return [training, replace(checkpoint, goal=False), before, after]
+
+    def longer_stage_1(self) -> str:
+        """The command that trains stage 1 twice as long and no stage 2, in a folder beside this run's."""
+        tuning = self.settings.instruction_tuning
+        key, length = ("epochs", tuning.epochs) if tuning.epochs is not None else ("steps", tuning.steps)
+        changes = {"rewarding": "never", f"instruction_tuning.{key}": f"{2 * (length or 0):g}"}
+        # Without stage 2 nothing would train on the other labels, and this run's input is not to be swapped by a second one.
+        changes |= {"label_share": "null"} if self.settings.label_share is not None else {}
+        changes |= {"in_place": "false"} if self.settings.in_place else {}
+        sets = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+        out = self.folder.with_name(f"{self.folder.name}-longer")
+        return shlex.join(["umed", "upgrade", "--config", str(self.folder / RUN_FILE), "--out", str(out), *sets])
 
     def _settings(self, *keys: str) -> dict[str, Any]:
         """Dotted key -> value of these keys and of all keys below them."""
@@ -284,7 +296,8 @@ class Plan:
         """The settings that a training depends on; the trial alone depends on its own length, and not on stage 2's."""
         own = self._settings(*keys, name)
         others = ("rewarding.steps", "rewarding.epochs") if trial else ("rewarding.trial_steps",)
-        return {key: value for key, value in own.items() if key not in (*others, "rewarding.run")}
+        others += ("rewarding.run", "rewarding.when_unsure")
+        return {key: value for key, value in own.items() if key not in others}
 
     def _checkpoint(self, name: str, training: Step, source: Path, result: Path) -> Step:
         command = (*umed(), "merge", training.outputs[0], "--base", source, "--out", result, "--overwrite")

@@ -216,17 +216,18 @@ class Upgrade:
         Raises:
             UmedError: a trial is asked for, and the records have no held-out studies to judge it by.
         """
-        auto, before = self.settings.rewarding.run == "auto", self.plan.pays
+        auto, before = self.settings.rewarding.run == "auto", self.plan.goes_on
         tried = auto and all(self.provenance.is_done(step) for step in self.plan.trial() if step.goal)
         if auto and not tried:
             self.plan.held_out.check()
             self.decision = self.plan.pays = None
         if tried:
             self.decision = decision_of(self.plan)
-            self.plan.pays = self.decision.pays
+            self.plan.goes_on = self.decision.starts
             if told and before is None:
-                verdict = "stage 2 follows" if self.plan.pays else "the run ends with stage 1"
-                self.console.print(f"rewarding: auto: {verdict}: {' '.join(self.decision.reasons)}", soft_wrap=True)
+                follows = "stage 2 follows" if self.plan.goes_on else "the run ends with stage 1"
+                words = one_line(f"rewarding: auto: {follows}: {' '.join(self.decision.reasons)}")
+                self.console.print(words, soft_wrap=True, markup=False)
         self.steps = self.plan.steps()
 
     def _run_step(self, step: Step, bars: Steps) -> bool:

@@ -101,6 +101,10 @@ class Rewarding(Stage):
         "is stage 1's. `rewarding: auto` and `rewarding: never` are short for it.",
     )
     trial_steps: int = _key(40, "Optimizer steps of the trial of run: auto.", ge=1)
+    when_unsure: Literal["leave_out", "start"] = _key(
+        "leave_out",
+        "What run: auto does where the trial cannot tell whether stage 2 pays: leave_out ends with stage 1, start goes on.",
+    )
     steps: Optional[int] = _key(200, "Optimizer steps; null: use epochs.", ge=1)
     batch_size: int = _key(4, "Batch size per process, in questions.", ge=1)
     accumulation: int = _key(2, "Gradient accumulation: batches per process and optimizer step.", ge=1)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from umed_plugin.commands.upgrade.checkpoint_swap import CheckpointSwap
-from umed_plugin.commands.upgrade.decision import Decision, decide, unused_labels
+from umed_plugin.commands.upgrade.decision import Decision, decide, longer_stage_1, unused_labels
 from umed_plugin.commands.upgrade.plan import Plan, Step
 from umed_plugin.commands.upgrade.provenance import MANIFEST, Provenance, read_json, versions
 from umed_plugin.commands.upgrade.settings import RUN_FILE
@@ -17,18 +17,29 @@ SUMMARY, REPORT = "summary.json", "report.html"
 
 
 def decision_of(plan: Plan) -> Decision:
-    """What the trial of ``rewarding: auto`` says, once it is evaluated. Kept, because a trial may be removed to save space."""
+    """What the trial of ``rewarding: auto`` says, once it is evaluated. Kept, because a trial may be removed to save space.
+
+    What an earlier version has decided by the same trial stands.
+    """
     from umed_plugin.evaluation.results import Evaluation
 
     training, _, before, after = plan.trial()
     state, kept = training.outputs[0] / "trainer_state.json", plan.folder / "trial" / "decision.json"
-    if not state.is_file() and kept.is_file():
-        return Decision.of_json(read_json(kept))
-    log = read_json(state)["log_history"]
-    decision = decide(log, *(Evaluation.load(step.outputs[0]) for step in (before, after)))
-    if not decision.pays and plan.settings.label_share is not None:
+    written = read_json(kept) if kept.is_file() else None
+    start_if_unsure = plan.settings.rewarding.when_unsure == "start"
+    if written is not None and not state.is_file():
+        decision = Decision.of_json(written, start_if_unsure)
+    else:
+        log = read_json(state)["log_history"]
+        evaluations = (Evaluation.load(step.outputs[0]) for step in (before, after))
+        decision = decide(log, *evaluations, start_if_unsure)
+        if written is not None and decision.was_decided_in(written):
+            decision = Decision.of_json(written)
+        else:
+            write_json(kept, decision.as_json())
+    decision = decision.with_reason(longer_stage_1(plan.longer_stage_1()))
+    if not decision.starts and plan.settings.label_share is not None:
         decision = decision.with_reason(unused_labels(plan.settings.label_share))
-    write_json(kept, decision.as_json())
     return decision
 
 
