@@ -15,7 +15,7 @@ from rich.console import Console
 
 from umed_plugin.commands.demo.studies import make_studies
 from umed_plugin.commands.upgrade import run as upgrade_run
-from umed_plugin.commands.upgrade.decision import Decision
+from umed_plugin.commands.upgrade.decision import PAYS, Decision
 from umed_plugin.commands.upgrade.named_files import named_files
 from umed_plugin.commands.upgrade.plan import Step
 from umed_plugin.commands.upgrade.provenance import files_of
@@ -67,7 +67,7 @@ def start(tiny_mistral, tmp_path, monkeypatch):
 
     def decision_of(plan):
         start.decided.append((plan.folder / "trial" / "trial_after" / "made.json").read_text())
-        return Decision(True, ["it does"], {})
+        return Decision(PAYS, True, ["it does"], {})
 
     monkeypatch.setattr(upgrade_run, "run_logged", run_logged)
     monkeypatch.setattr(upgrade_run, "decision_of", decision_of)
@@ -162,7 +162,7 @@ def test_which_files_a_stage_names(tmp_path, monkeypatch):
     flags |= {"report_to": "none", "umed_recipe": "mau", "run_name": "prompt.txt", "umed_unknown": ""}
     settings = Settings(checkpoint="c", recipe="r", instruction_tuning={"flags": flags})
     found = named_files("instruction_tuning", settings.instruction_tuning, settings)
-    assert found.pop("instruction_tuning.flags.umed_teacher") == tmp_path / "teacher"
+    assert found.pop("instruction_tuning.flags.umed_teacher/config.json") == tmp_path / "teacher" / "config.json"
     assert {name.rpartition(" ")[0] for name in found} == {"instruction_tuning.flags.umed_recipe"}
     assert {"mau.yaml", "tbx11k.yaml"} < {path.name for path in found.values()}, "a mixture and its sources"
     flags = {"umed_judge": "replay:judge.jsonl", "umed_judge_prompt": str(tmp_path / "prompt.txt")}
@@ -173,3 +173,16 @@ def test_which_files_a_stage_names(tmp_path, monkeypatch):
         "rewarding.flags.umed_judge": tmp_path / "judge.jsonl",
         "rewarding.flags.umed_judge_prompt": tmp_path / "prompt.txt",
     }
+
+
+def test_only_what_a_training_takes_from_a_checkpoint_is_compared(tiny_mistral, tmp_path):
+    """And a value that is too long for a path is none."""
+    teacher = shutil.copytree(tiny_mistral, tmp_path / "teacher")
+    flags = {"umed_teacher": str(teacher), "umed_judge_options": json.dumps({"schema": "x" * 5000})}
+    settings = Settings(checkpoint=str(tiny_mistral), recipe="demo_studies", instruction_tuning={"flags": flags})
+    named = named_files("instruction_tuning", settings.instruction_tuning, settings)
+    assert named["instruction_tuning.flags.umed_teacher/config.json"] == teacher / "config.json"
+    weights = [role for role in named if role.endswith((".safetensors", ".bin"))]
+    assert weights and len(named) == 1 + len(weights)
+    (teacher / "README.md").write_text("of no effect")
+    assert named_files("instruction_tuning", settings.instruction_tuning, settings) == named

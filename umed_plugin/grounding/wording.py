@@ -8,9 +8,9 @@ Without a language model this can only be told from the outside. Two sources are
   (``consstent``), or several run together (``areain``); and words of theirs in an order that means nothing.
 
 New words are no fault, in whatever language: the references of a few templates have some hundred words, and an answer may have
-others. So neither invented words are found, nor new ones in a wrong order. A single word may look damaged by chance. Where several
-do, new words count too that have three letters in a row that no reference has. A word of the references has no faulty form, so
-``pT2N0`` may stand in an answer where it may stand in a reference.
+others. So neither invented words are found, nor new ones in a wrong order. A single word may look damaged by chance. Where
+several do, new words count too that have three letters in a row that no reference has. A word of the references has no faulty
+form, so ``pT2N0`` may stand in an answer where it may stand in a reference.
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ from umed_plugin.grounding.boxes import blot_boxes, rewrite_boxes
 GARBLED = 0.25
 # Of the words of a text, one in eight may look damaged, and one in any case.
 DAMAGED_ALLOWED = 8
-# Of the pairs of neighbouring words that the references use, a text in their language shares this share with them. Words in random
-# order share about a tenth, new sentences about the same findings more than half. A few pairs may all be new.
+# Of the pairs of neighbouring words that the references use, a text in their language shares this share with them. Words in
+# random order share about a tenth, new sentences about the same findings more than half. A few pairs may all be new.
 FAMILIAR, FEWEST_PAIRS = 0.4, 6
 _MOST_LETTERS = 30
 _MANY_WORDS = 500  # of the references; a short word is like some of them by chance
 _WORDS_OF_ONE_LETTER = "aeiouyx"  # in some languages; "x" in "3 x 4"
 
 _BOX = "\x00"
-_WIDE = "\u3001\u3002\uff0c\uff0e\uff01\uff1a\uff1b\uff1f\u300c\u300d\uff08\uff09"  # punctuation without spaces, such as in Chinese
+_WIDE = (
+    "\u3001\u3002\uff0c\uff0e\uff01\uff1a\uff1b\uff1f\u300c\u300d\uff08\uff09"  # punctuation without spaces: Chinese
+)
 _OUTSIDE = f"\"'`*_.,;:!?()[]{{}}<>\u2018\u2019\u201c\u201d\u2026\u2013\u2014-/{_WIDE}"
 _PLAIN = re.compile(
     r"""
@@ -288,7 +290,7 @@ def _runs_together(word: str, wording: Wording) -> bool:
 
 
 def _lacks_letters(word: str, wording: Wording) -> bool:
-    """Whether a longer word of the references has all its letters in this order, and does not only end later, as a plural does."""
+    """Whether a longer word of the references has all its letters in this order, and not only an end more, as a plural has."""
     letters, longest = {*word}, 1.5 * len(word)
     return any(
         letters <= own and len(word) < len(other) <= longest and not other.startswith(word) and _is_within(word, other)

@@ -15,7 +15,7 @@ from the start of a run answers the second step without an adapter. It is notice
 
 from __future__ import annotations
 
-COMPARED_EVERY = 5  # steps of stage 2: the pass without the adapter costs as much as the reference policy's
+COMPARED_EVERY = 5  # rollouts of stage 2: the pass without the adapter costs as much as the reference policy's
 LEAST_TOKENS = 256  # fewer may lie nearer to the wrong model by chance
 ROUNDING = 0.01  # nats a token, in 16 bits
 

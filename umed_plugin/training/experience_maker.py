@@ -8,8 +8,8 @@ of `ExperienceMaker.roll_out` and `ExperienceMaker.make`:
 2. start slow rewards, so that a judge behind a network answers while the next passes run;
 3. one pass of the policy: log-probabilities of the old policy, values, and attention on the lesion for vision relevance
    (`umed_plugin.training.answer_passes`);
-4. one pass of the reference policy: its log-probabilities; where a rollout server has sampled, in every fifth step another one of
-   the policy with its adapter off;
+4. one pass of the reference policy: its log-probabilities; where a rollout server has sampled, in every fifth rollout another one
+   of the policy with its adapter off;
 5. rewards. IoU is one of them: `umed_plugin.rewards.terms.localization`;
 6. advantages: `umed_plugin.training.advantages`.
 
@@ -235,7 +235,8 @@ class ExperienceMaker:
         with self.rewards_agreed():
             start_rewards(self.rewards, questions, texts, **columns)
         sizes = [len(batch["prompt_ids"]) for batch in batches]
-        compared = not self.engine.in_process and self.metrics.step % COMPARED_EVERY == 0
+        rollout = self.metrics.step // self.flags.steps_per_rollout()
+        compared = not self.engine.in_process and rollout % COMPARED_EVERY == 0
         parts = [
             self.passes.scores(policy, *part, was_training, compared) for part in batches_of(queries, candidates, sizes)
         ]

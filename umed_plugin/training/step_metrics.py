@@ -19,7 +19,7 @@ rollout: ``groups_replaced``, the number of groups over all ranks, and ``extra_s
 With ``--umed_rollout_server``, of each batch's tokens: ``importance_ratio`` and ``importance_ratio_max``, the probability
 here over that on the server before truncation, its mean and its maximum; ``importance_truncated``, the share above
 ``--umed_importance_cap``; ``server_difference``, the mean distance of the log-probabilities in nats; and
-``server_difference_without_adapter``, the same from the policy with its adapter off, in every fifth step.
+``server_difference_without_adapter``, the same from the policy with its adapter off, in every fifth rollout.
 """
 
 from __future__ import annotations

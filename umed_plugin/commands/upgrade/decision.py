@@ -10,9 +10,9 @@ Stage 2 is not started if one of these holds:
 - **No gain**: the trial has not raised the mean of IoU and accuracy of the held-out studies, or has lowered one of the two by an
   interval below 0.
 
-It pays if none holds and the interval of that mean's gain lies above 0 (`umed_plugin.commands.upgrade.gain`). Between the two, noise
-would decide: the trial **cannot tell**. Then ``rewarding.when_unsure`` says whether stage 2 is started, and the decision says how
-many more held-out studies it takes to tell.
+It pays if none holds and the interval of that mean's gain lies above 0 (`umed_plugin.commands.upgrade.gain`). Between the two,
+noise would decide: the trial **cannot tell**. Then ``rewarding.when_unsure`` says whether stage 2 is started, and the decision
+says how many more held-out studies it takes to tell.
 
 Without stage 2 the run ends with stage 1's checkpoint as its result. A trial is short, so it can miss a gain that comes late. The
 decision says whether the first or the third could not be judged, because the trial's log lacks its numbers.
@@ -46,8 +46,8 @@ class Decision:
         verdict: `PAYS`, `DOES_NOT_PAY` or `CANNOT_TELL`.
         starts: whether stage 2 is started. Where the trial cannot tell, ``rewarding.when_unsure`` has decided.
         reasons: sentences.
-        differences: metric -> the trial's paired difference on the held-out studies, as `compare` gives it; ``mean`` is that of the
-            mean of the others.
+        differences: metric -> the trial's paired difference on the held-out studies, as `compare` gives it; ``mean`` is that of
+            the mean of the others.
     """
 
     verdict: str

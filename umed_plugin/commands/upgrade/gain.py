@@ -41,7 +41,7 @@ def paired_mean(names: Sequence[str], before: Sequence[Row], after: Sequence[Row
 
 
 def more_studies(gain: Mapping[str, Any]) -> int | None:
-    """How many more studies it takes until the interval of such a gain ends at 0. An interval narrows with the root of their number.
+    """How many more studies it takes until the interval of such a gain ends at 0. It narrows with the root of their number.
 
     Args:
         gain: as `paired_mean` gives it, above 0.

@@ -6,6 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from umed_plugin.checkpoints.folder import weight_files
 from umed_plugin.commands.upgrade.settings import Rewarding, Settings, Stage
 from umed_plugin.data.recipes.recipe import load_recipe, sources_of
 from umed_plugin.errors import UmedError
@@ -17,10 +18,11 @@ _WITH_FILE = (f"{SYMBOLIC}:", f"{REPLAY}:")  # beginnings of a value whose rest 
 
 
 def named_files(name: str, stage: Stage, settings: Settings) -> dict[str, Path]:
-    """Setting -> the file or the checkpoint's folder that it names, by absolute path, if there is one.
+    """Setting -> the file that it names, by absolute path, if there is one; of a checkpoint, ``SETTING/NAME`` -> each file.
 
-    Flags on which nothing depends, such as a cache, are left out. So are folders without a ``config.json``, which are data: they
-    may hold millions of images.
+    Of a checkpoint they are ``config.json`` and the weights, as the training itself compares them. Flags on which nothing
+    depends, such as a cache, are left out. So are folders without a ``config.json``, which are data: they may hold millions of
+    images.
 
     Args:
         name: of the stage.
@@ -33,8 +35,20 @@ def named_files(name: str, stage: Stage, settings: Settings) -> dict[str, Path]:
         values |= {f"{name}.rewards[{number}]": reward for number, reward in enumerate(stage.rewards)}
     texts = {setting: value for setting, value in values.items() if isinstance(value, str) and value}
     found = {setting: Path(os.path.abspath(_without_kind(value))) for setting, value in texts.items()}
-    counted = {setting: path for setting, path in found.items() if path.is_file() or (path / "config.json").is_file()}
+    counted = {role: file for setting, path in found.items() for role, file in _counted(setting, path).items()}
     return counted | _of_recipe(f"{name}.flags.umed_recipe", stage.flags.get("umed_recipe"))
+
+
+def _counted(setting: str, path: Path) -> dict[str, Path]:
+    """The file; of a checkpoint, its ``config.json`` and its weights. Nothing for other values, such as a long JSON."""
+    if os.path.isfile(path):  # `Path.is_file` raises for a name that is too long
+        return {setting: path}
+    if not os.path.isfile(path / "config.json"):
+        return {}
+    found = [path / "config.json"]
+    with suppress(UmedError):  # without weights, which the training will say
+        found += weight_files(path)
+    return {f"{setting}/{file.name}": file for file in found}
 
 
 def _without_kind(value: str) -> str:

@@ -295,8 +295,8 @@ class Plan:
     def _of_stage(self, keys: tuple[str, ...], name: str, trial: bool) -> dict[str, Any]:
         """The settings that a training depends on; the trial alone depends on its own length, and not on stage 2's."""
         own = self._settings(*keys, name)
-        others = ("rewarding.steps", "rewarding.epochs") if trial else ("rewarding.trial_steps",)
-        others += ("rewarding.run", "rewarding.when_unsure")
+        lengths = ("rewarding.steps", "rewarding.epochs") if trial else ("rewarding.trial_steps",)
+        others = {*lengths, "rewarding.run", "rewarding.when_unsure"}
         return {key: value for key, value in own.items() if key not in others}
 
     def _checkpoint(self, name: str, training: Step, source: Path, result: Path) -> Step:

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -88,12 +88,13 @@ class Provenance:
             for role, path, file in files
         }
 
-    def differences(self, step: Step, *, inputs: bool) -> list[str]:
+    def differences(self, step: Step, *, inputs: bool, named_files: bool = True) -> list[str]:
         """What has changed since the step began, as text; empty for a step that has not begun.
 
         Args:
             step: as planned now.
-            inputs: compare the content of the inputs too; that of files which settings name always is.
+            inputs: compare the content of the inputs too.
+            named_files: compare that of the files which settings name.
         """
         record = self.read(step)
         if record is None:
@@ -105,8 +106,9 @@ class Provenance:
             if before.get(key) != now.get(key)
         ]
         changed += self._stamp_differences(step, record)
-        noted = {name: path for name, path in step.files.items() if _is_noted(name, record.get("inputs", {}))}
-        changed += self._changed_files(noted, record)
+        if named_files:
+            noted = {name: path for name, path in step.files.items() if name in record.get("inputs", {})}
+            changed += self._changed_files(noted, record)
         return changed + (self._changed_files(step.inputs, record) if inputs else [])
 
     def _stamp_differences(self, step: Step, record: JsonObject) -> list[str]:
@@ -122,7 +124,9 @@ class Provenance:
         ]
 
     def _changed_files(self, inputs: Mapping[str, Path], record: JsonObject) -> list[str]:
-        before = {role: state["sha256"] for role, state in record.get("inputs", {}).items()}
+        if "inputs" not in record:  # an early record
+            return []
+        before = {role: state["sha256"] for role, state in record["inputs"].items()}
         # An input that was deleted to save space does not count as changed.
         changed = [(role, state) for role, state in self._states(inputs).items() if before.get(role) != state["sha256"]]
         lines = [f"{role} ({state['path']}) is not the file that it was" for role, state in changed[:3]]
@@ -187,11 +191,6 @@ class Provenance:
             else:
                 path.unlink(missing_ok=True)
         (self.folder / f"{step.name}.json").unlink(missing_ok=True)
-
-
-def _is_noted(name: str, recorded: Iterable[str]) -> bool:
-    """Whether the file, or a file of the folder, of this name is among the recorded ones."""
-    return any(role == name or role.startswith(f"{name}/") for role in recorded)
 
 
 def files_of(path: Path) -> list[Path]:

@@ -220,7 +220,7 @@ class Upgrade:
         tried = auto and all(self.provenance.is_done(step) for step in self.plan.trial() if step.goal)
         if auto and not tried:
             self.plan.held_out.check()
-            self.decision = self.plan.pays = None
+            self.decision = self.plan.goes_on = None
         if tried:
             self.decision = decision_of(self.plan)
             self.plan.goes_on = self.decision.starts
@@ -324,10 +324,14 @@ class Upgrade:
         """Complete a swap that an earlier start began."""
         trial = {step.name for step in self.plan.trial()}  # once there is a result, nothing rests on it
         steps = [step for step in self.steps if step.name not in trial]
-        if any(self.provenance.differences(step, inputs=False) for step in steps):
+        # A file that a setting names may lie in the checkpoint that was swapped, and changes nothing any more.
+        changed = [
+            line for step in steps for line in self.provenance.differences(step, inputs=False, named_files=False)
+        ]
+        if changed:
             raise UmedError(
                 f"{self.folder}: the result of this run has replaced {self.swap.checkpoint}, and settings or data have changed "
-                "since it was made. Choose another --out."
+                f"since it was made: {changed[0]}. Choose another --out."
             )
         if self.swap.done() and not self.swap.checkpoint.is_dir():
             raise UmedError(

@@ -31,8 +31,8 @@ def decision_of(plan: Plan) -> Decision:
         decision = Decision.of_json(written, start_if_unsure)
     else:
         log = read_json(state)["log_history"]
-        evaluations = (Evaluation.load(step.outputs[0]) for step in (before, after))
-        decision = decide(log, *evaluations, start_if_unsure)
+        evaluations = Evaluation.load(before.outputs[0]), Evaluation.load(after.outputs[0])
+        decision = decide(log, *evaluations, start_if_unsure=start_if_unsure)
         if written is not None and decision.was_decided_in(written):
             decision = Decision.of_json(written)
         else:
