@@ -15,7 +15,7 @@ from rich.console import Console
 
 from umed_plugin.commands.demo.studies import make_studies
 from umed_plugin.commands.upgrade import run as upgrade_run
-from umed_plugin.commands.upgrade.decision import PAYS, Decision
+from umed_plugin.commands.upgrade.decision import CANNOT_TELL, PAYS, Decision
 from umed_plugin.commands.upgrade.named_files import named_files
 from umed_plugin.commands.upgrade.plan import Step
 from umed_plugin.commands.upgrade.provenance import files_of
@@ -61,13 +61,15 @@ def start(tiny_mistral, tmp_path, monkeypatch):
     def run_logged(command, log, title, **_):
         log.parent.mkdir(parents=True, exist_ok=True)
         log.touch()
-        step = next(step for step in upgrades[-1].steps if step.title == title)
+        step = next(step for step in upgrades[-1].steps if step.command == command)
         make_stand_in(step)
         ran.append(step.name)
 
     def decision_of(plan):
         start.decided.append((plan.folder / "trial" / "trial_after" / "made.json").read_text())
-        return Decision(PAYS, True, ["it does"], {})
+        unsure = start.verdict == CANNOT_TELL
+        starts = plan.settings.rewarding.when_unsure == "start" if unsure else start.verdict == PAYS
+        return Decision(start.verdict, starts, ["so it is"], {})
 
     monkeypatch.setattr(upgrade_run, "run_logged", run_logged)
     monkeypatch.setattr(upgrade_run, "decision_of", decision_of)
@@ -90,7 +92,7 @@ def start(tiny_mistral, tmp_path, monkeypatch):
         upgrades[-1].run()
         return [*ran]
 
-    start.decided = []
+    start.decided, start.verdict = [], PAYS
     return start
 
 
@@ -104,6 +106,26 @@ def test_an_edited_file_of_a_reward_is_named_and_stage_2_and_its_decision_are_re
     assert start(redo=True) == [*OF_TRIAL, *OF_STAGE_2]
     assert start.decided[-1] != before, "the new trial has decided"
     assert start() == []
+
+
+def test_a_run_that_ended_because_its_trial_could_not_tell_goes_on_with_stage_2(start):
+    start.verdict = CANNOT_TELL
+    ended = [*ALL[: ALL.index("stage_2_rewarding")], "checkpoint_rewarding"]
+    assert start() == ended and start() == []
+    unsure = {"rewarding.when_unsure": "start"}
+    with pytest.raises(
+        UmedError, match="(?s)checkpoint of stage 2.*redo them and the steps that depend on them with --redo-changed"
+    ):
+        start(**unsure)
+    assert start(redo=True, **unsure) == OF_STAGE_2[1:] and start(**unsure) == []
+
+
+def test_a_trial_that_is_redone_decides_anew_after_one_that_ended_the_run(start, tmp_path):
+    start.verdict = CANNOT_TELL
+    start()
+    (tmp_path / "steps.yaml").write_text(SYMBOLS + "# another\n")
+    start.verdict = PAYS
+    assert start(redo=True) == [*OF_TRIAL, *OF_STAGE_2]
 
 
 def test_other_files_of_settings_are_compared_before_anything_runs(start, tmp_path):
