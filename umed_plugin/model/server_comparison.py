@@ -9,8 +9,7 @@ Two questions are asked of the mean distance between them, in nats a token:
   over `LEAST_TOKENS` tokens, with one distance less than half of the other and `ROUNDING` between them.
 
 What is not noticed: an adapter that changes less than rounding does, and an adapter of an earlier step that is nearer to today's
-than to none. The importance weights of stage 2 correct for both, and it logs both distances. A server that is one step behind
-from the start of a run answers the second step without an adapter. It is noticed there if the first step changed enough.
+than to none. The importance weights of stage 2 correct for both, and it logs both distances.
 """
 
 from __future__ import annotations

@@ -189,9 +189,13 @@ class Upgrade:
         Equal outputs do not spare those: records do not hold the pixels that they name.
         """
         self.provenance.forget(step)
-        for other in self.steps:
-            if self.provenance.read(other) and set(step.outputs) & set(other.inputs.values()):
+        for other in self._users(step):
+            if self.provenance.read(other):
                 self._forget(other)
+
+    def _users(self, step: Step) -> list[Step]:
+        """The steps that take what this one makes."""
+        return [other for other in self.steps if set(step.outputs) & set(other.inputs.values())]
 
     def _run_steps(self, bars: Steps) -> bool:
         """Run all steps that are left to run; returns whether one of them ran. What a step has made may decide on later ones."""
@@ -301,8 +305,7 @@ class Upgrade:
     def _needed(self, step: Step) -> bool:
         if step.goal or self.provenance.read(step) is None:
             return True
-        users = [other for other in self.steps if set(step.outputs) & set(other.inputs.values())]
-        return any(self._is_left(other) for other in users)
+        return any(self._is_left(other) for other in self._users(step))
 
     def _conclude(self, any_ran: bool, bars: Steps) -> dict[str, Any]:
         """Write summary, manifest and report if a step ran or a file is missing.

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 from umed_plugin.data.augment_rule import AugmentRule, augment_rule_of
-from umed_plugin.data.augmentation.texts import can_mirror, has_fixed_places, is_templated, moved_record
+from umed_plugin.data.augmentation.texts import FLIPS, can_mirror, has_fixed_places, is_templated, moved_record
 from umed_plugin.data.records import Record, is_plain_item, record_faults, record_geometry, true_boxes
 from umed_plugin.files import text_bytes
 from umed_plugin.grounding.answer_types import asks_for_boxes
 from umed_plugin.grounding.square_move import SquareMove, kept_fraction
 
-FLIPS = ("left_right", "up_down")
 # Why records are not moved.
 PLAIN = "plain LLaVA items without true boxes"
 INVALID = "no valid records"

@@ -28,7 +28,7 @@ from umed_plugin.grounding.square_move import SquareMove, clipped
 from umed_plugin.grounding.terms import replace_terms
 
 Turns = list[dict[str, Any]]
-_FLIPS = ("left_right", "up_down")
+FLIPS = ("left_right", "up_down")
 # A half step of the last decimal, and a hair: boxes of a file are rounded too.
 _ROUNDING = 0.51
 _DECIMALS = (2, 3)
@@ -106,7 +106,7 @@ def moved_record(record: Record, move: SquareMove, templated: bool) -> Optional[
     found = record["objects"]
     bbox = [[round(value, 3) for value in pixels[i]] for i in order]
     moved = {**record, "objects": {**found, "ref": [found["ref"][i] for i in order], "bbox": bbox}}
-    flips = [flip for flip, taken in zip(_FLIPS, (move.left_right, move.up_down)) if taken]
+    flips = [flip for flip, taken in zip(FLIPS, (move.left_right, move.up_down)) if taken]
     for name in _TEXTS:
         if name in record:
             moved[name] = mirrored_text(record[name], flips)
