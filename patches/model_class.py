@@ -18,8 +18,8 @@ from umed_plugin.checkpoints.folder import ADAPTER, ORIGINAL_TOWER
 from umed_plugin.checkpoints.folder import FAMILIES as LLAVA_FAMILIES
 from umed_plugin.checkpoints.missing_tensors import lacking_in_tower, names_in, refuse, refuse_missing, tower_names
 from umed_plugin.errors import UmedError, warn
-from umed_plugin.flags.checkpoint_settings import find_contradictions, find_departures
-from umed_plugin.flags.rules import TUNING
+from umed_plugin.flags.checkpoint_settings import find_contradictions, find_departures, find_other_share
+from umed_plugin.flags.rules import REWARDING, TUNING
 from umed_plugin.flags.sharding import fsdp_fault
 from umed_plugin.patches.training_run import LLAVA, TRAIN, TrainingRun
 from umed_plugin.patching import Patch, Recorder, Target
@@ -150,7 +150,10 @@ def warn_of_departures(run: TrainingRun) -> None:
     """Say, once per run, where the flags depart from what the checkpoint was trained with."""
     if run.active and run.training_args.process_index == 0:
         config = read_config(run.model_args.model_name_or_path, run.training_args.cache_dir)
-        for remark in find_departures(config, run.model_args, run.data_args):
+        remarks = find_departures(config, run.model_args, run.data_args)
+        if run.flags.umed_stage == REWARDING:
+            remarks += find_other_share(config, run.flags.umed_label_share)
+        for remark in remarks:
             warn(remark)
 
 

@@ -14,9 +14,10 @@ import sys
 from typing import Any
 
 from umed_plugin.errors import note, warn
-from umed_plugin.flags.rules import REWARDING
+from umed_plugin.flags.rules import REWARDING, TUNING
 from umed_plugin.patches.training_run import LLAVA, TRAIN
 from umed_plugin.patching import Patch, Recorder, Target
+from umed_plugin.training.label_share import name_share
 
 
 def change(recorder: Recorder) -> None:
@@ -36,6 +37,8 @@ def change(recorder: Recorder) -> None:
             from umed_plugin.training.tuning_trainer import TuningTrainer
 
             trainer_class = TuningTrainer
+        if args.umed_stage == TUNING:
+            name_share(keywords["model"].config, args.umed.umed_label_share)
         _move_to_device(keywords["model"], args)
         if args.umed_tower_lr is not None:
             _train_tower(keywords["model"], args)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support.records import records_of_four_patients, write_records
 from support.tuning import make_dataset, make_tokenizer
+from support.umed_runs import train_flags, umed_run
 
+from umed_plugin import merge
+from umed_plugin.checkpoints.exporting import export
 from umed_plugin.data.record_file import _patient_hash
 from umed_plugin.errors import UmedError
-from umed_plugin.training.label_share import own_share
+from umed_plugin.flags.checkpoint_settings import find_other_share
+from umed_plugin.training.label_share import name_share, own_share
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +177,75 @@ def test_studies_that_name_no_patient_are_counted(records: Path, tokenizer: Any,
     for stage in ("instruction_tuning", "rewarding"):
         make_dataset(records, tokenizer, umed_label_share=0.5, umed_stage=stage)
         assert "2 of 8 labelled studies name no patient. Each of their images counts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("before", "share", "named"),
+    [
+        (None, None, None),
+        (None, 0.5, 0.5),
+        (0.5, 0.3, 0.5),
+        (0.3, 0.5, 0.5),
+        (0.5, None, 1.0),
+        (1.0, 0.5, 1.0),
+    ],
+)
+def test_a_checkpoint_names_the_largest_share_that_its_stage_1_has_had(before: Any, share: Any, named: Any) -> None:
+    config = SimpleNamespace(**({} if before is None else {"umed_label_share": before}))
+    name_share(config, share)
+    assert getattr(config, "umed_label_share", None) == named
+
+
+@pytest.mark.parametrize(
+    ("had", "share", "words"),
+    [
+        (None, None, None),
+        (0.5, 0.5, None),
+        (0.5, 0.3, "Stage 2 trains on studies that stage 1 has trained on. Give stage 2 --umed_label_share 0.5."),
+        (
+            0.5,
+            None,
+            "no --umed_label_share is given, but stage 1 has trained on a share of 0.5. Stage 2 trains on studies that",
+        ),
+        (0.5, 0.7, "Studies between the two shares are in neither stage. Give stage 2 --umed_label_share 0.5."),
+        (
+            1.0,
+            0.5,
+            "has trained on a share of 1. Stage 2 trains on studies that stage 1 has trained on. Stage 1 has left none",
+        ),
+        (1.0, None, None),
+        (None, 0.5, "names no share. If stage 1 had none, it has trained on the labelled studies of stage 2 too."),
+        ("half", 0.5, None),
+    ],
+)
+def test_stage_2_says_where_its_share_is_not_what_stage_1_left(had: Any, share: Any, words: Any) -> None:
+    remarks = find_other_share({} if had is None else {"umed_label_share": had}, share)
+    assert len(remarks) == (words is not None) and all(words in remark for remark in remarks)
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_the_share_goes_through_the_merge_to_stage_2(
+    lora: bool, records: Path, tiny_mistral: Path, tmp_path: Path
+) -> None:
+    def run(checkpoint: Path, output: Path, flags: str) -> Any:
+        command = train_flags(checkpoint, records, output, "--max_steps", "1", *shlex.split(flags))
+        done = umed_run(["python", "-m", "llava.train.train_mem", *command])
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done
+
+    trained, merged = tmp_path / "llava-mistral-lora", tmp_path / "llava-mistral-stage1"
+    adapter = f"--lora_enable {lora}"
+    first = run(tiny_mistral, trained, f"--umed_stage instruction_tuning --umed_label_share 0.5 {adapter}")
+    assert "on a share" not in first.stdout + first.stderr
+    if lora:
+        merge(trained, tiny_mistral, merged)
+    else:
+        export(trained, merged, like=tiny_mistral)
+    assert json.loads((merged / "config.json").read_text())["umed_label_share"] == 0.5
+    of_answers = "--umed_num_candidates 2 --umed_max_new_tokens 8 --umed_rewards relevance"
+    rewarding = f"--umed_stage rewarding {of_answers} --lora_enable True"
+    second = run(merged, tmp_path / "second-lora", rewarding)
+    assert "warning: no --umed_label_share is given, but stage 1 has trained on a share of 0.5." in second.stderr
+    again = run(merged, tmp_path / "third-lora", f"{rewarding} --umed_label_share 0.5")
+    assert "on a share" not in again.stdout + again.stderr

@@ -17,7 +17,7 @@ from umed_plugin import files
 from umed_plugin.checkpoints.folder import (
     EMBEDDING,
     HEAD,
-    READ_WHEN_ANSWERING,
+    KEPT_OF_TRAINING,
     TOKENIZER_FILES,
     TOWER,
     UNFREEZE,
@@ -82,7 +82,7 @@ def export(
             f"{checkpoint}: is {trained_config['model_type']}, but {like} is {config['model_type']}. Check --base."
         )
     refuse_missing(like, config)
-    config.update({key: trained_config[key] for key in READ_WHEN_ANSWERING if key in trained_config})
+    config.update({key: trained_config[key] for key in KEPT_OF_TRAINING if key in trained_config})
     name_tower_here(config, like, checkpoint)
     trained = {name: tensor for file in weight_files(checkpoint) for name, tensor in stored(file).items()}
     if trained_config.get("tie_word_embeddings") and EMBEDDING in trained:

@@ -19,8 +19,9 @@ from umed_plugin.checkpoints.folder import (
     ADAPTER,
     EMBEDDING,
     FAMILIES,
+    KEPT_OF_TRAINING,
+    LABEL_SHARE,
     PROJECTOR,
-    READ_WHEN_ANSWERING,
     TOWER,
     adapter_settings,
     adapter_tensors,
@@ -250,8 +251,10 @@ def _new_projector(others: dict[str, Any]) -> dict[str, Any]:
 def _merged_config(config: dict[str, Any], trained_config: dict[str, Any]) -> dict[str, Any]:
     """The base's ``config.json`` with the trained values of the keys that it has."""
     config = {
-        key: trained_config.get(key, value) if key in READ_WHEN_ANSWERING else value for key, value in config.items()
+        key: trained_config.get(key, value) if key in KEPT_OF_TRAINING else value for key, value in config.items()
     }
+    if LABEL_SHARE in trained_config:
+        config[LABEL_SHARE] = trained_config[LABEL_SHARE]
     # LLaVA reads a missing key as `square`, so the key is added if training used another value.
     if trained_config.get("image_aspect_ratio", "square") != config.get("image_aspect_ratio", "square"):
         config["image_aspect_ratio"] = trained_config["image_aspect_ratio"]

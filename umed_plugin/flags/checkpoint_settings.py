@@ -71,6 +71,30 @@ def find_departures(config: Mapping[str, Any], model_args: Any, data_args: Any) 
     return remarks
 
 
+def find_other_share(config: Mapping[str, Any], share: float | None) -> list[str]:
+    """Why stage 2's labelled studies are not those that stage 1 left to it; at most one sentence, for a warning.
+
+    Args:
+        config: of the checkpoint that stage 2 starts from; it names the share that stage 1 had.
+        share: ``--umed_label_share`` of stage 2; None: it trains on all.
+    """
+    had = config.get("umed_label_share")
+    if had == (1 if share is None and had is not None else share) or not (had is None or isinstance(had, (int, float))):
+        return []
+    found = "no --umed_label_share is given" if share is None else f"--umed_label_share is {share:g}"
+    if had is None:
+        return [
+            f"{found}, but the checkpoint's config.json names no share. If stage 1 had none, it has trained on the labelled "
+            "studies of stage 2 too. If an earlier version wrote the checkpoint, this cannot be told."
+        ]
+    if share is not None and share > had:
+        meaning = "Studies between the two shares are in neither stage"
+    else:
+        meaning = "Stage 2 trains on studies that stage 1 has trained on"
+    advice = f"Give stage 2 --umed_label_share {had:g}." if had < 1 else "Stage 1 has left none to stage 2."
+    return [f"{found}, but stage 1 has trained on a share of {had:g}. {meaning}. {advice}"]
+
+
 def _another_place(given: str, stored: str, config: Mapping[str, Any]) -> str:
     """A tower of the checkpoint's name at another place: taken for the same one, which the saved configuration then names."""
     equal = find_differences(given, stored, config)[0]

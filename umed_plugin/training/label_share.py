@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from umed_plugin.checkpoints.folder import LABEL_SHARE
 from umed_plugin.data.record_file import JoinedRecords, picture_hash
 from umed_plugin.errors import UmedError
 from umed_plugin.flags.rules import TUNING
@@ -54,6 +56,18 @@ def own_share(
     if stage != TUNING:
         return records.where(theirs), told
     return records.where(~shared), " ".join([told, *_left_out(records, shared & ~theirs), *_unsure(records, ~shared)])
+
+
+def name_share(config: Any, share: float | None) -> None:
+    """Write into a model's configuration which share of the labelled studies stage 1 has trained on, for the stage after it.
+
+    Args:
+        config: of the checkpoint that stage 1 starts from; changed in place, unless neither it nor this run has a share.
+        share: of this run; None: all.
+    """
+    known = getattr(config, LABEL_SHARE, None)
+    if known is not None or share is not None:
+        setattr(config, LABEL_SHARE, max(known or 0.0, 1.0 if share is None else share))
 
 
 def _labelled(records: JoinedRecords) -> np.ndarray:
