@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 from umed_plugin.data.augment_rule import AugmentRule, augment_rule_of
-from umed_plugin.data.augmentation.texts import FLIPS, can_mirror, has_fixed_places, is_templated, moved_record
+from umed_plugin.data.augmentation.texts import FLIPS, StudyText, can_mirror, moved_record
 from umed_plugin.data.records import Record, is_plain_item, record_faults, record_geometry, true_boxes
 from umed_plugin.files import text_bytes
 from umed_plugin.grounding.answer_types import asks_for_boxes
@@ -106,7 +106,7 @@ def augmented_study(record: Record, seed: int, epoch: int, name: str | None = No
     if why_unmoved(record, rule) is not None:
         return Study(record, grey=grey)
     flips = [flip for flip in flips if can_mirror(record, flip)]
-    return dataclasses.replace(moved_study(record, rule, rng, flips), grey=grey)
+    return dataclasses.replace(moved_study(StudyText(record), rule, rng, flips), grey=grey)
 
 
 def why_unmoved(record: Record, rule: AugmentRule) -> Optional[str]:
@@ -132,15 +132,15 @@ def mirrorings(record: Record, rule: AugmentRule) -> list[str]:
     return [flip for flip in FLIPS if flip in rule.flips and can_mirror(record, flip)]
 
 
-def moved_study(record: Record, rule: AugmentRule, rng: random.Random, flips: Sequence[str]) -> Study:
+def moved_study(text: StudyText, rule: AugmentRule, rng: random.Random, flips: Sequence[str]) -> Study:
     """The record after the first movement drawn that keeps its lesions and its text true; else only mirrored, or as it is.
 
     Args:
-        record: a valid one, of which `why_unmoved` is None.
+        text: of a record of which `why_unmoved` is None.
         flips: mirrorings to take, of `mirrorings`.
     """
-    templated = is_templated(record)
-    if has_fixed_places(record, templated):
+    record = text.record
+    if text.has_fixed_places:
         return Study(record)
     mirrored = SquareMove("left_right" in flips, "up_down" in flips)
     before = record_geometry(record).to_square(true_boxes(record))
@@ -148,10 +148,10 @@ def moved_study(record: Record, rule: AugmentRule, rng: random.Random, flips: Se
         move = _draw_move(rule, rng, mirrored)
         if any(kept_fraction(box) < LEAST_KEPT for box in move.boxes(before)):
             continue
-        moved = moved_record(record, move, templated)
+        moved = moved_record(text, move)
         if moved is not None:
             return Study(moved, move)
-    moved = moved_record(record, mirrored, templated) if mirrored.mirrors else None
+    moved = moved_record(text, mirrored) if mirrored.mirrors else None
     return Study(record) if moved is None else Study(moved, mirrored)
 
 

@@ -19,7 +19,7 @@ from umed_plugin.data.augmentation.study import (
     moves_more_than_mirrors,
     why_unmoved,
 )
-from umed_plugin.data.augmentation.texts import has_fixed_places, is_templated
+from umed_plugin.data.augmentation.texts import StudyText
 from umed_plugin.data.records import Record, record_faults
 from umed_plugin.files import text_bytes
 
@@ -109,14 +109,15 @@ def _add(found: Survey, record: Record, name: str, rng: random.Random) -> None:
 
 def _tried(found: Survey, record: Record, rule: AugmentRule, rng: random.Random) -> Optional[str]:
     """Why the record is not moved by any movement tried; None if one fits."""
-    if has_fixed_places(record, is_templated(record)):
+    text = StudyText(record)
+    if text.has_fixed_places:
         return FIXED_PLACES
     flips = mirrorings(record, rule)
     if not flips and not moves_more_than_mirrors(rule):
         return ONLY_MIRRORS
     for number in range(_TRIES):
         # The text may have no mirrored form all the same: then as an epoch that does not mirror.
-        study = moved_study(record, rule, rng, () if number % 2 else flips)
+        study = moved_study(text, rule, rng, () if number % 2 else flips)
         if study.move.mirrors or study.move.resamples:
             found.mirrored += study.move.mirrors
             return None

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 from bisect import bisect
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Optional
 
 from umed_plugin.data.records import Record, record_geometry, true_boxes
@@ -69,30 +69,46 @@ def _written(record: Record) -> Turns:
     return write_conversation(record, record_geometry(record), rng, source["box_decimals"])
 
 
-def has_fixed_places(record: Record, templated: bool) -> bool:
-    """Whether a text says where something lies in a form that is not moved. Such a record follows no movement.
+class StudyText:
+    """What a record's text says of places. It is found once, and asked of each movement that is tried.
 
     Args:
         record: a valid one.
-        templated: from `is_templated`. The turns are then written again, all but ``asked``.
+
+    Attributes:
+        templated: from `is_templated`. The turns are then written again after a movement, all but ``asked``.
     """
-    kept = [record[name] for name in _TEXTS if name in record]
-    moved = [] if templated else _own_texts(record)
-    return (
-        any(map(find_boxes, kept))
-        or any(_decimals_of(text) is None for text in moved)
-        or has_loose_coordinates([*kept, *moved])
-    )
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.templated = is_templated(record)
+
+    @cached_property
+    def has_fixed_places(self) -> bool:
+        """Whether a text says where something lies in a form that is not moved. Such a record follows no movement."""
+        kept = [self.record[name] for name in _TEXTS if name in self.record]
+        moved = [] if self.templated else _own_texts(self.record)
+        return (
+            any(map(find_boxes, kept))
+            or any(_decimals_of(text) is None for text in moved)
+            or has_loose_coordinates([*kept, *moved])
+        )
+
+    @cached_property
+    def says_where(self) -> bool:
+        """Whether a text that is not written again says in words where something lies."""
+        texts = [self.record.get("asked", "")] if self.templated else _own_texts(self.record)
+        return any(names_place(replace_terms(text, self.record["terms"], "x")) for text in texts)
 
 
-def moved_record(record: Record, move: SquareMove, templated: bool) -> Optional[Record]:
+def moved_record(text: StudyText, move: SquareMove) -> Optional[Record]:
     """The record after the movement, or None if its text cannot follow.
 
     Args:
-        record: a valid one without `has_fixed_places`, whose text `can_mirror` as the movement does.
+        text: of a record without fixed places, which `can_mirror` as the movement does.
         move: of the square.
-        templated: from `is_templated`.
     """
+    record, templated = text.record, text.templated
     geometry = record_geometry(record)
     before = geometry.to_square(true_boxes(record))
     after = [clipped(box) for box in move.boxes(before)]
@@ -115,7 +131,7 @@ def moved_record(record: Record, move: SquareMove, templated: bool) -> Optional[
     boxes = _Boxes(move, before, after)
 
     def strays() -> bool:
-        return move.resamples and not boxes.stay_in_place() and _says_where(record, templated)
+        return move.resamples and not boxes.stay_in_place() and text.says_where
 
     if strays():  # most movements of such a text, and it costs less than its turns
         return None
@@ -173,12 +189,6 @@ def _moved_turns(record: Record, flips: Sequence[str], boxes: _Boxes) -> Optiona
             parts.append(text)
         turns.append({**turn, "value": record.get("similar", "").join(parts)})
     return turns
-
-
-def _says_where(record: Record, templated: bool) -> bool:
-    """Whether a text that is not written again says where something lies: of the template writer's turns, only ``asked``."""
-    texts = [record.get("asked", "")] if templated else _own_texts(record)
-    return any(names_place(replace_terms(text, record["terms"], "x")) for text in texts)
 
 
 def _part(box: Box, left_right: bool = False, up_down: bool = False) -> tuple[int, int]:
