@@ -13,7 +13,8 @@ from umed_plugin.grounding.boxes import blot_boxes, parse_boxes, rewrite_boxes
 from umed_plugin.grounding.dialects import DIALECTS, LLAVA, find_dialect
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.scoring import score_answer
-from umed_plugin.rewards.guards import Guards, crossed_limits
+from umed_plugin.rewards.guard_limits import crossed_limits
+from umed_plugin.rewards.guards import Guards
 
 BOX = (0.16, 0.28, 0.47, 0.59)
 SQUARE = ImageGeometry(100, 100)

@@ -10,6 +10,7 @@ from umed_plugin.data.template_writer import write_conversation
 from umed_plugin.grounding.boxes import format_box
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.scoring import score_answer
+from umed_plugin.rewards.guard_limits import crossed_limits
 from umed_plugin.rewards.guards import (
     GUARDS,
     HELD_OUT_GUARDS,
@@ -17,7 +18,6 @@ from umed_plugin.rewards.guards import (
     VISION_RELEVANCE_METRICS,
     WINDOW,
     Guards,
-    crossed_limits,
     skeleton,
     vision_relevance_metrics,
 )

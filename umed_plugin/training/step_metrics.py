@@ -40,13 +40,13 @@ from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.grounding.scoring import score_answer
 from umed_plugin.model.forward import Candidates
 from umed_plugin.rewards import reward_metric_names
+from umed_plugin.rewards.guard_limits import unscored
 from umed_plugin.rewards.guards import (
     GUARDS,
     HELD_OUT_GUARDS,
     QUESTIONS_OVER_HELD_OUT,
     VISION_RELEVANCE_METRICS,
     Guards,
-    unscored,
     vision_relevance_metrics,
 )
 from umed_plugin.training import dynamic_sampling, importance

@@ -1,7 +1,7 @@
 """A training's metrics as small charts, drawn by matplotlib as SVG in the page's own colours, light or dark.
 
 A metric and its reference (``guard/top_skeleton`` and ``guard/top_skeleton_reference``) share one chart. Points at which a guard
-is beyond its limit (`umed_plugin.rewards.guards`) are marked.
+is beyond its limit (`umed_plugin.rewards.guard_limits`) are marked.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from umed_plugin.commands.report.run_folder import Training
-from umed_plugin.rewards.guards import QUESTIONS_OVER_HELD_OUT, crossed_limits
+from umed_plugin.rewards.guard_limits import crossed_limits
+from umed_plugin.rewards.guards import QUESTIONS_OVER_HELD_OUT
 
 # Title -> prefixes of metric names. The first group that matches takes the metric.
 GROUPS = {

@@ -2,9 +2,9 @@
 
 Stage 2 is not started if one of these holds:
 
-- **By heart**: answers sampled to the trial's training studies are better than greedy ones to held-out studies, by more than the
-  limit of the guards (`umed_plugin.rewards.guards`). All of them are right then, and there is nothing to learn from. It is judged
-  once the guards' window is full.
+- **By heart**: answers sampled to the trial's training studies are better than greedy ones to held-out studies, by more than
+  the limit of the guards (`umed_plugin.rewards.guard_limits`). All of them are right then, and there is nothing to learn from.
+  It is judged once the guards' window is full.
 - **No boxes**: the run has a reward for boxes, and no answer that the trial has sampled has a box.
 - **No signal**: nearly all questions' answers have equal rewards. (GRPO alone; PPO learns from other questions' rewards too.)
 - **No gain**: the trial has not raised the mean of IoU and accuracy of the held-out studies, or has lowered one of the two by an
@@ -162,7 +162,8 @@ def _by_heart(log: Sequence[Mapping[str, Any]]) -> list[str]:
 
     Those over fewer questions come earlier, but chance alone takes them over the limit.
     """
-    from umed_plugin.rewards.guards import HELD_OUT_GUARDS, QUESTIONS_OVER_HELD_OUT, WINDOW, crossed_limits
+    from umed_plugin.rewards.guard_limits import crossed_limits
+    from umed_plugin.rewards.guards import HELD_OUT_GUARDS, QUESTIONS_OVER_HELD_OUT, WINDOW
 
     known = {}
     for name in HELD_OUT_GUARDS:
@@ -176,7 +177,7 @@ def _by_heart(log: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _no_boxes(log: Sequence[Mapping[str, Any]]) -> list[str]:
     """Whether no window of the guards has a box. What names alone may gain is not what rewards for boxes are for."""
-    from umed_plugin.rewards.guards import crossed_limits
+    from umed_plugin.rewards.guard_limits import crossed_limits
 
     rewarded = any(f"reward/{name}" in entry for entry in log for name in BOX_REWARDS)
     windows = [entry for entry in log if _MISSING in entry]
@@ -189,7 +190,7 @@ def _no_boxes(log: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _no_signal(log: Sequence[Mapping[str, Any]]) -> list[str]:
-    from umed_plugin.rewards.guards import crossed_limits, learns_within_groups
+    from umed_plugin.rewards.guard_limits import crossed_limits, learns_within_groups
 
     values = [entry[_SIGNAL] for entry in log if _SIGNAL in entry and learns_within_groups(entry)]
     known = {_SIGNAL: sum(values) / len(values)} if values else {}
@@ -198,7 +199,8 @@ def _no_signal(log: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _not_judged(log: Sequence[Mapping[str, Any]]) -> list[str]:
     """Sentences on the tests for which the trial's log has no numbers; PPO needs no signal within groups."""
-    from umed_plugin.rewards.guards import HELD_OUT_GUARDS, learns_within_groups
+    from umed_plugin.rewards.guard_limits import learns_within_groups
+    from umed_plugin.rewards.guards import HELD_OUT_GUARDS
 
     lacking = []
     if not any(name in entry for entry in log for name in HELD_OUT_GUARDS):
