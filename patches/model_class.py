@@ -16,6 +16,7 @@ from typing import Any
 
 from umed_plugin.checkpoints.folder import ADAPTER, ORIGINAL_TOWER
 from umed_plugin.checkpoints.folder import FAMILIES as LLAVA_FAMILIES
+from umed_plugin.checkpoints.label_share import largest_share
 from umed_plugin.checkpoints.missing_tensors import lacking_in_tower, names_in, refuse, refuse_missing, tower_names
 from umed_plugin.errors import UmedError, warn
 from umed_plugin.flags.checkpoint_settings import find_contradictions, find_departures, find_other_share
@@ -152,7 +153,8 @@ def warn_of_departures(run: TrainingRun) -> None:
         config = read_config(run.model_args.model_name_or_path, run.training_args.cache_dir)
         remarks = find_departures(config, run.model_args, run.data_args)
         if run.flags.umed_stage == REWARDING:
-            remarks += find_other_share(config, run.flags.umed_label_share)
+            had = largest_share(config, run.model_args.pretrain_mm_mlp_adapter)
+            remarks += find_other_share(had, run.flags.umed_label_share)
         for remark in remarks:
             warn(remark)
 

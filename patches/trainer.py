@@ -2,8 +2,9 @@
 
 Target: the global `LLaVATrainer` of `llava.train.train`.
 Why: (1) `train()` always creates a LLaVATrainer, whose only loss is that of supervised tokens. (2) Under ``--bf16`` and
-``--fp16`` it trains weights of 16 bits. Without DeepSpeed nothing keeps float32 copies of them, and small steps are rounded away.
-(3) All processes are seeded alike, so they would sample with the same random numbers.
+``--fp16`` it trains weights of 16 bits. Without DeepSpeed nothing keeps float32 copies of them, and small steps are rounded
+away. (3) All processes are seeded alike, so they would sample with the same random numbers. (4) Stage 2 has to know on which
+share of the labelled studies stage 1 has trained: stage 1 writes it into the configuration that is saved.
 Versions: LLaVA 1.2.x.
 Delete when: LLaVA's `train()` accepts a trainer class from its caller.
 """
@@ -38,7 +39,7 @@ def change(recorder: Recorder) -> None:
 
             trainer_class = TuningTrainer
         if args.umed_stage == TUNING:
-            name_share(keywords["model"].config, args.umed.umed_label_share)
+            name_share(keywords["model"].config, args, keywords["train_dataset"].data_args.umed_run.model_args)
         _move_to_device(keywords["model"], args)
         if args.umed_tower_lr is not None:
             _train_tower(keywords["model"], args)

@@ -16,6 +16,7 @@ from support.umed_runs import train_flags, umed_run
 
 from umed_plugin import merge
 from umed_plugin.checkpoints.exporting import export
+from umed_plugin.checkpoints.label_share import share_of
 from umed_plugin.data.record_file import _patient_hash
 from umed_plugin.errors import UmedError
 from umed_plugin.flags.checkpoint_settings import find_other_share
@@ -182,18 +183,32 @@ def test_studies_that_name_no_patient_are_counted(records: Path, tokenizer: Any,
 @pytest.mark.parametrize(
     ("before", "share", "named"),
     [
-        (None, None, None),
+        (None, None, 1.0),
         (None, 0.5, 0.5),
         (0.5, 0.3, 0.5),
         (0.3, 0.5, 0.5),
         (0.5, None, 1.0),
         (1.0, 0.5, 1.0),
+        ("half", 0.5, 0.5),
     ],
 )
-def test_a_checkpoint_names_the_largest_share_that_its_stage_1_has_had(before: Any, share: Any, named: Any) -> None:
-    config = SimpleNamespace(**({} if before is None else {"umed_label_share": before}))
-    name_share(config, share)
-    assert getattr(config, "umed_label_share", None) == named
+@pytest.mark.parametrize("where", ["checkpoint", "projector", "resumed"])
+def test_a_checkpoint_names_the_largest_share_that_its_stage_1_has_had(
+    where: str, before: Any, share: Any, named: float, tmp_path: Path
+) -> None:
+    """Of the checkpoint, of the projector that it takes, and of the run that it goes on from."""
+    known = {} if before is None else {"umed_label_share": before}
+    config = SimpleNamespace(**(known if where == "checkpoint" else {}))
+    for name, folder in (("projector", "projector"), ("resumed", "out/checkpoint-5")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text(json.dumps(known if where == name else {}))
+    args = SimpleNamespace(umed=SimpleNamespace(umed_label_share=share), output_dir=str(tmp_path / "out"))
+    adapter = str(tmp_path / "projector" / "mm_projector.bin")
+    name_share(config, args, SimpleNamespace(pretrain_mm_mlp_adapter=adapter))
+    assert config.umed_label_share == named
+
+
+THIRD = 1 / 3
 
 
 @pytest.mark.parametrize(
@@ -201,51 +216,52 @@ def test_a_checkpoint_names_the_largest_share_that_its_stage_1_has_had(before: A
     [
         (None, None, None),
         (0.5, 0.5, None),
-        (0.5, 0.3, "Stage 2 trains on studies that stage 1 has trained on. Give stage 2 --umed_label_share 0.5."),
+        (1.0, None, None),
+        (0.5, 0.3, "stage 2 trains on studies that stage 1 knows: then give stage 2 --umed_label_share 0.5."),
         (
             0.5,
             None,
-            "no --umed_label_share is given, but stage 1 has trained on a share of 0.5. Stage 2 trains on studies that",
+            "no --umed_label_share is given, but stage 1 has trained on a share of 0.5. If the labelled studies are",
         ),
-        (0.5, 0.7, "Studies between the two shares are in neither stage. Give stage 2 --umed_label_share 0.5."),
-        (
-            1.0,
-            0.5,
-            "has trained on a share of 1. Stage 2 trains on studies that stage 1 has trained on. Stage 1 has left none",
-        ),
-        (1.0, None, None),
-        (None, 0.5, "names no share. If stage 1 had none, it has trained on the labelled studies of stage 2 too."),
-        ("half", 0.5, None),
+        (THIRD, None, f"then give stage 2 --umed_label_share {THIRD!r}."),
+        (0.5, 0.7, "those between the two shares are in neither stage: then give stage 2 --umed_label_share 0.5."),
+        (1.0, 0.5, "stage 1 has trained on all labelled studies. If they are the same, it knows those of stage 2."),
+        (None, 0.5, "the checkpoint does not say on which share stage 1 has trained"),
     ],
 )
 def test_stage_2_says_where_its_share_is_not_what_stage_1_left(had: Any, share: Any, words: Any) -> None:
-    remarks = find_other_share({} if had is None else {"umed_label_share": had}, share)
+    remarks = find_other_share(had, share)
     assert len(remarks) == (words is not None) and all(words in remark for remark in remarks)
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_the_share_goes_through_the_merge_to_stage_2(
-    lora: bool, records: Path, tiny_mistral: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("kind", ["lora", "full", "projector"])
+def test_the_share_goes_from_stage_1_to_stage_2(kind: str, records: Path, tiny_mistral: Path, tmp_path: Path) -> None:
     def run(checkpoint: Path, output: Path, flags: str) -> Any:
         command = train_flags(checkpoint, records, output, "--max_steps", "1", *shlex.split(flags))
         done = umed_run(["python", "-m", "llava.train.train_mem", *command])
         assert done.returncode == 0, done.stderr[-3000:]
         return done
 
-    trained, merged = tmp_path / "llava-mistral-lora", tmp_path / "llava-mistral-stage1"
-    adapter = f"--lora_enable {lora}"
-    first = run(tiny_mistral, trained, f"--umed_stage instruction_tuning --umed_label_share 0.5 {adapter}")
-    assert "on a share" not in first.stdout + first.stderr
-    if lora:
-        merge(trained, tiny_mistral, merged)
+    trained, next_start = tmp_path / "llava-mistral-lora", tmp_path / "llava-mistral-stage1"
+    of_kind = {"lora": "--lora_enable True --save_steps 1", "full": "", "projector": "--tune_mm_mlp_adapter True"}[kind]
+    first = run(tiny_mistral, trained, f"--umed_stage instruction_tuning --umed_label_share 0.5 {of_kind}")
+    assert "--umed_label_share is" not in first.stdout + first.stderr
+    with_projector = ""
+    if kind == "full":
+        export(trained, next_start, like=tiny_mistral)
+    elif kind == "lora":
+        merge(trained, tiny_mistral, next_start)
+        assert share_of(json.loads((trained / "checkpoint-1" / "config.json").read_text())) == 0.5
     else:
-        export(trained, merged, like=tiny_mistral)
-    assert json.loads((merged / "config.json").read_text())["umed_label_share"] == 0.5
-    of_answers = "--umed_num_candidates 2 --umed_max_new_tokens 8 --umed_rewards relevance"
-    rewarding = f"--umed_stage rewarding {of_answers} --lora_enable True"
-    second = run(merged, tmp_path / "second-lora", rewarding)
+        next_start, with_projector = tiny_mistral, f"--pretrain_mm_mlp_adapter {trained / 'mm_projector.bin'}"
+    rewarding = (
+        f"--umed_stage rewarding --umed_num_candidates 2 --umed_max_new_tokens 8 --umed_rewards relevance --lora_enable True "
+        f"{with_projector}"
+    )
+    second = run(next_start, tmp_path / "second-lora", rewarding)
     assert "warning: no --umed_label_share is given, but stage 1 has trained on a share of 0.5." in second.stderr
-    again = run(merged, tmp_path / "third-lora", f"{rewarding} --umed_label_share 0.5")
-    assert "on a share" not in again.stdout + again.stderr
+    again = run(next_start, tmp_path / "third-lora", f"{rewarding} --umed_label_share 0.5")
+    assert "--umed_label_share is" not in again.stdout + again.stderr
+    if kind != "projector":
+        assert share_of(json.loads((tmp_path / "third-lora" / "config.json").read_text())) == 0.5

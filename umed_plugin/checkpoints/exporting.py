@@ -17,7 +17,7 @@ from umed_plugin import files
 from umed_plugin.checkpoints.folder import (
     EMBEDDING,
     HEAD,
-    KEPT_OF_TRAINING,
+    READ_WHEN_ANSWERING,
     TOKENIZER_FILES,
     TOWER,
     UNFREEZE,
@@ -26,6 +26,7 @@ from umed_plugin.checkpoints.folder import (
     weight_files,
 )
 from umed_plugin.checkpoints.kept_share import KeptShare
+from umed_plugin.checkpoints.label_share import LABEL_SHARE
 from umed_plugin.checkpoints.missing_tensors import refuse_missing
 from umed_plugin.checkpoints.original_layout import (
     add_tensors,
@@ -58,9 +59,9 @@ def export(
     """Write a fully fine-tuned checkpoint in the layout of the one with which training began; return its path.
 
     LLaVA's full fine-tuning saves float32 tensors, including the frozen tower's, and files that only a trainer reads. The
-    export contains exactly the tensors of ``like``, in its dtypes and weight files, with its config keys and tokenizer files. A
-    tower that was trained (``--umed_tower_lr``) comes besides, in the last weight file. If training added tokens, their rows,
-    the tokenizer and ``vocab_size`` are the trained ones.
+    export contains exactly the tensors of ``like``, in its dtypes and weight files, with its config keys (and
+    ``umed_label_share``) and tokenizer files. A tower that was trained (``--umed_tower_lr``) comes besides, in the last weight
+    file. If training added tokens, their rows, the tokenizer and ``vocab_size`` are the trained ones.
 
     Args:
         checkpoint: the trained one.
@@ -82,7 +83,8 @@ def export(
             f"{checkpoint}: is {trained_config['model_type']}, but {like} is {config['model_type']}. Check --base."
         )
     refuse_missing(like, config)
-    config.update({key: trained_config[key] for key in KEPT_OF_TRAINING if key in trained_config})
+    kept_keys = (*READ_WHEN_ANSWERING, LABEL_SHARE)
+    config.update({key: trained_config[key] for key in kept_keys if key in trained_config})
     name_tower_here(config, like, checkpoint)
     trained = {name: tensor for file in weight_files(checkpoint) for name, tensor in stored(file).items()}
     if trained_config.get("tie_word_embeddings") and EMBEDDING in trained:

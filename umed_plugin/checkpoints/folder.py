@@ -61,8 +61,6 @@ READ_WHEN_ANSWERING = (
     "mm_use_im_start_end",
     "mm_use_im_patch_token",
 )
-LABEL_SHARE = "umed_label_share"  # share of the labelled studies that stage 1 has trained on; the next stage compares
-KEPT_OF_TRAINING = (*READ_WHEN_ANSWERING, LABEL_SHARE)
 
 
 def read_config(path: Path | str) -> dict[str, Any]:

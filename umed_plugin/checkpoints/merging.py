@@ -19,9 +19,8 @@ from umed_plugin.checkpoints.folder import (
     ADAPTER,
     EMBEDDING,
     FAMILIES,
-    KEPT_OF_TRAINING,
-    LABEL_SHARE,
     PROJECTOR,
+    READ_WHEN_ANSWERING,
     TOWER,
     adapter_settings,
     adapter_tensors,
@@ -35,6 +34,7 @@ from umed_plugin.checkpoints.folder import (
     weight_files,
 )
 from umed_plugin.checkpoints.kept_share import KeptShare
+from umed_plugin.checkpoints.label_share import LABEL_SHARE
 from umed_plugin.checkpoints.missing_tensors import refuse_missing
 from umed_plugin.checkpoints.original_layout import (
     add_tensors,
@@ -72,8 +72,8 @@ def merge(
 ) -> Path:
     """Merge a LoRA folder into its base and write the full checkpoint; return its path.
 
-    Weight files, tensor names, shapes and dtypes are the base's, and so are the tokenizer and the keys of ``config.json``. A
-    tower that was trained (``--umed_tower_lr``) comes besides, whole, in the last weight file.
+    Weight files, tensor names, shapes and dtypes are the base's, and so are the tokenizer and the keys of ``config.json``, with
+    ``umed_label_share`` besides. A tower that was trained (``--umed_tower_lr``) comes besides, whole, in the last weight file.
 
     Args:
         lora_dir: folder that LLaVA's training wrote with ``--lora_enable True``, or with ``--tune_mm_mlp_adapter True``.
@@ -249,9 +249,9 @@ def _new_projector(others: dict[str, Any]) -> dict[str, Any]:
 
 
 def _merged_config(config: dict[str, Any], trained_config: dict[str, Any]) -> dict[str, Any]:
-    """The base's ``config.json`` with the trained values of the keys that it has."""
+    """The base's ``config.json`` with the trained values of the keys that it has, and stage 1's share of the labels."""
     config = {
-        key: trained_config.get(key, value) if key in KEPT_OF_TRAINING else value for key, value in config.items()
+        key: trained_config.get(key, value) if key in READ_WHEN_ANSWERING else value for key, value in config.items()
     }
     if LABEL_SHARE in trained_config:
         config[LABEL_SHARE] = trained_config[LABEL_SHARE]

@@ -55,7 +55,7 @@ NAMES = (
 # Keys of LLaVA's config.json that do not belong to the language model.
 LLAVA_KEYS = re.compile(
     "mm_.*|tune_mm.*|freeze_mm.*|unfreeze_mm.*|use_mm_proj|image_aspect_ratio|image_crop_resolution|image_grid_pinpoints|"
-    "image_split_resolution|tokenizer_.*|vision_tower|pretrain_mm_mlp_adapter"
+    "image_split_resolution|tokenizer_.*|vision_tower|pretrain_mm_mlp_adapter|umed_label_share"
 )
 OF_THE_FILE = (
     "architectures",

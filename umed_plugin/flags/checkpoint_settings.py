@@ -1,4 +1,4 @@
-"""LLaVA's flags that say what the checkpoint's ``config.json`` says too, and must not say something else.
+"""Flags that say what the checkpoint's ``config.json`` says too, and must not say something else: LLaVA's, and the label share.
 
 LLaVA builds tower and projector by the configuration, and afterwards writes the flags into it. So a flag that differs changes
 nothing in the run, but the trained checkpoint describes another model. LLaVA's own defaults (last layer, linear projector) are
@@ -71,28 +71,37 @@ def find_departures(config: Mapping[str, Any], model_args: Any, data_args: Any) 
     return remarks
 
 
-def find_other_share(config: Mapping[str, Any], share: float | None) -> list[str]:
-    """Why stage 2's labelled studies are not those that stage 1 left to it; at most one sentence, for a warning.
+def find_other_share(had: float | None, share: float | None) -> list[str]:
+    """Why stage 2's labelled studies may not be those that stage 1 left to it; at most one sentence, for a warning.
 
     Args:
-        config: of the checkpoint that stage 2 starts from; it names the share that stage 1 had.
+        had: share of the labelled studies that stage 1 has trained on, 1 for all; None: the checkpoint does not say.
         share: ``--umed_label_share`` of stage 2; None: it trains on all.
     """
-    had = config.get("umed_label_share")
-    if had == (1 if share is None and had is not None else share) or not (had is None or isinstance(had, (int, float))):
-        return []
-    found = "no --umed_label_share is given" if share is None else f"--umed_label_share is {share:g}"
-    if had is None:
+    if share is None:
+        if had is None or had == 1:
+            return []
+        given, meaning = "no --umed_label_share is given", "stage 2 trains on studies that stage 1 knows"
+    elif had is None:
         return [
-            f"{found}, but the checkpoint's config.json names no share. If stage 1 had none, it has trained on the labelled "
-            "studies of stage 2 too. If an earlier version wrote the checkpoint, this cannot be told."
+            f"--umed_label_share is {share}, and the checkpoint does not say on which share stage 1 has trained: it is of an "
+            "earlier version, or from elsewhere. If stage 1 had all, it knows the labelled studies of stage 2."
         ]
-    if share is not None and share > had:
-        meaning = "Studies between the two shares are in neither stage"
+    elif had == share:
+        return []
+    elif had == 1:
+        return [
+            f"--umed_label_share is {share}, but stage 1 has trained on all labelled studies. If they are the same, it knows "
+            "those of stage 2. Give stage 1 the flag too."
+        ]
     else:
-        meaning = "Stage 2 trains on studies that stage 1 has trained on"
-    advice = f"Give stage 2 --umed_label_share {had:g}." if had < 1 else "Stage 1 has left none to stage 2."
-    return [f"{found}, but stage 1 has trained on a share of {had:g}. {meaning}. {advice}"]
+        given, meaning = f"--umed_label_share is {share}", "stage 2 trains on studies that stage 1 knows"
+        if share > had:
+            meaning = "those between the two shares are in neither stage"
+    return [
+        f"{given}, but stage 1 has trained on a share of {had}. If the labelled studies are the same, {meaning}: then give "
+        f"stage 2 --umed_label_share {had}."
+    ]
 
 
 def _another_place(given: str, stored: str, config: Mapping[str, Any]) -> str:

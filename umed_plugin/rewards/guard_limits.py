@@ -1,4 +1,4 @@
-"""Limits of the guards: beyond which value a metric of `umed_plugin.rewards.guards` is a warning, in words with what it may mean.
+"""Limits of the guards: the value beyond which a metric of `umed_plugin.rewards.guards` is a warning, and what that may mean.
 
 ``groups_without_signal`` and ``answers_cut_off`` of `umed_plugin.training.step_metrics` have limits here too; they are means
 since the last log. The first one's limit is for GRPO alone.

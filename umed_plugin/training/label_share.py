@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from umed_plugin.checkpoints.folder import LABEL_SHARE
+from umed_plugin.checkpoints.label_share import LABEL_SHARE, largest_share
 from umed_plugin.data.record_file import JoinedRecords, picture_hash
 from umed_plugin.errors import UmedError
 from umed_plugin.flags.rules import TUNING
@@ -58,16 +58,17 @@ def own_share(
     return records.where(~shared), " ".join([told, *_left_out(records, shared & ~theirs), *_unsure(records, ~shared)])
 
 
-def name_share(config: Any, share: float | None) -> None:
+def name_share(config: Any, training_args: Any, model_args: Any) -> None:
     """Write into a model's configuration which share of the labelled studies stage 1 has trained on, for the stage after it.
 
     Args:
-        config: of the checkpoint that stage 1 starts from; changed in place, unless neither it nor this run has a share.
-        share: of this run; None: all.
+        config: of the checkpoint that stage 1 starts from; changed in place.
+        training_args, model_args: LLaVA's. A run that goes on takes in the share that its checkpoints name.
     """
-    known = getattr(config, LABEL_SHARE, None)
-    if known is not None or share is not None:
-        setattr(config, LABEL_SHARE, max(known or 0.0, 1.0 if share is None else share))
+    own = training_args.umed.umed_label_share
+    saved = Path(training_args.output_dir).glob("checkpoint-*/config.json")
+    before = largest_share(vars(config), model_args.pretrain_mm_mlp_adapter, *saved)
+    setattr(config, LABEL_SHARE, max(before or 0.0, 1.0 if own is None else own))
 
 
 def _labelled(records: JoinedRecords) -> np.ndarray:

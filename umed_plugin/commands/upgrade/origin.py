@@ -54,7 +54,7 @@ def find_origin(checkpoint: Path, base: str | None) -> Origin:
             raise UmedError(f"base has no effect: {checkpoint} is a full checkpoint. Set it to null.")
         return Origin(checkpoint, checkpoint, read_config(checkpoint))
     trained, full = read_config(checkpoint), find_base(checkpoint, base)
-    # `umed merge` takes the same keys from the adapter.
+    # `umed merge` takes these keys from the adapter too.
     answering = {key: trained[key] for key in READ_WHEN_ANSWERING if key in trained}
     return Origin(checkpoint, full, {**read_config(full), **answering})
 

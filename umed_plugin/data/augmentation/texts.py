@@ -105,7 +105,7 @@ def moved_record(text: StudyText, move: SquareMove) -> Optional[Record]:
     """The record after the movement, or None if its text cannot follow.
 
     Args:
-        text: of a record without fixed places, which `can_mirror` as the movement does.
+        text: of a record without fixed places, for which `can_mirror` allows the mirrorings of the movement.
         move: of the square.
     """
     record, templated = text.record, text.templated
