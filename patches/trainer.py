@@ -18,7 +18,6 @@ from umed_plugin.errors import note, warn
 from umed_plugin.flags.rules import REWARDING, TUNING
 from umed_plugin.patches.training_run import LLAVA, TRAIN
 from umed_plugin.patching import Patch, Recorder, Target
-from umed_plugin.training.label_share import name_share
 
 
 def change(recorder: Recorder) -> None:
@@ -39,7 +38,7 @@ def change(recorder: Recorder) -> None:
 
             trainer_class = TuningTrainer
         if args.umed_stage == TUNING:
-            name_share(keywords["model"].config, args, keywords["train_dataset"].data_args.umed_run.model_args)
+            _name_label_share(keywords["model"], keywords["train_dataset"], args)
         _move_to_device(keywords["model"], args)
         if args.umed_tower_lr is not None:
             _train_tower(keywords["model"], args)
@@ -61,6 +60,13 @@ def change(recorder: Recorder) -> None:
         return trainer
 
     recorder.replace(llava_train, "LLaVATrainer", choose_trainer)
+
+
+def _name_label_share(model: Any, dataset: Any, args: Any) -> None:
+    """Let the saved configuration name the share of the labelled studies that stage 1 trains on."""
+    from umed_plugin.training.label_share import name_share
+
+    name_share(model.config, args, dataset.data_args.umed_run.model_args)
 
 
 def _asks_for_more(flags: Any) -> bool:

@@ -110,6 +110,7 @@ def check_layout(result: Path, like: Path) -> None:
     }
     found, expected = (json.loads((folder / "config.json").read_text()) for folder in (result, like))
     assert found.pop("mm_vision_tower") == str(result / "vision_tower") and expected.pop("mm_vision_tower")
+    assert found.pop("umed_label_share") == 1, "of the labelled studies that stage 1 has trained on"
     assert found == expected
 
 

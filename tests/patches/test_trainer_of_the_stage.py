@@ -62,14 +62,14 @@ def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone(flags, grouped, s
 class AnyTrainer:
     """Takes what LLaVA hands to its trainer."""
 
-    def __init__(self, *, model, args):
+    def __init__(self, *, model, args, train_dataset):
         self.model, self.args, self.callbacks = model, args, []
 
     def add_callback(self, callback):
         self.callbacks.append(callback)
 
 
-def test_the_trainer_is_chosen_by_the_stage_and_trains_float32_without_deepspeed(monkeypatch, capsys):
+def test_the_trainer_is_chosen_by_the_stage_and_trains_float32_without_deepspeed(monkeypatch, capsys, tmp_path):
     import torch
     from llava.train import train as llava_train
 
@@ -89,11 +89,16 @@ def test_the_trainer_is_chosen_by_the_stage_and_trains_float32_without_deepspeed
             "device": torch.device("cpu"),
             "umed_tower_lr": None,
             "umed_stop_after": 0,
+            "output_dir": str(tmp_path),
         }
         args = SimpleNamespace(**{**values, **changes})
         args.umed = UmedFlags(**{name: value for name, value in changes.items() if name.startswith("umed_")})
         model = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
-        chosen = llava_train.LLaVATrainer(model=model, args=args)
+        model.config = SimpleNamespace()
+        run = SimpleNamespace(model_args=SimpleNamespace(pretrain_mm_mlp_adapter=None))
+        dataset = SimpleNamespace(data_args=SimpleNamespace(umed_run=run))
+        chosen = llava_train.LLaVATrainer(model=model, args=args, train_dataset=dataset)
+        assert vars(model.config) == ({"umed_label_share": 1} if args.umed_stage == "instruction_tuning" else {})
         return type(chosen), model.weight.dtype, len(chosen.callbacks)
 
     recorder = patching.Recorder()
