@@ -15,7 +15,7 @@ import sys
 from typing import Any
 
 from umed_plugin.errors import note, warn
-from umed_plugin.flags.rules import REWARDING, TUNING
+from umed_plugin.flags.rules import REWARDING
 from umed_plugin.patches.training_run import LLAVA, TRAIN
 from umed_plugin.patching import Patch, Recorder, Target
 
@@ -37,8 +37,7 @@ def change(recorder: Recorder) -> None:
             from umed_plugin.training.tuning_trainer import TuningTrainer
 
             trainer_class = TuningTrainer
-        if args.umed_stage == TUNING:
-            _name_label_share(keywords["model"], keywords["train_dataset"], args)
+        _name_label_share(keywords["model"], keywords["train_dataset"], args)
         _move_to_device(keywords["model"], args)
         if args.umed_tower_lr is not None:
             _train_tower(keywords["model"], args)
@@ -63,10 +62,10 @@ def change(recorder: Recorder) -> None:
 
 
 def _name_label_share(model: Any, dataset: Any, args: Any) -> None:
-    """Let the saved configuration name the share of the labelled studies that stage 1 trains on."""
+    """Let the saved configuration name the share of the labelled studies that stage 1 has trained on."""
     from umed_plugin.training.label_share import name_share
 
-    name_share(model.config, args, dataset.data_args.umed_run.model_args)
+    name_share(model.config, args, dataset.data_args.umed_run.model_args, dataset.list_data_dict)
 
 
 def _asks_for_more(flags: Any) -> bool:

@@ -6,6 +6,7 @@ import sys
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from support.llava_args import parse
@@ -96,7 +97,9 @@ def test_the_trainer_is_chosen_by_the_stage_and_trains_float32_without_deepspeed
         model = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
         model.config = SimpleNamespace()
         run = SimpleNamespace(model_args=SimpleNamespace(pretrain_mm_mlp_adapter=None))
-        dataset = SimpleNamespace(data_args=SimpleNamespace(umed_run=run))
+        named = {"labelled": np.array([True]), "probe": np.array([False]), "report": np.array([False])}
+        records = SimpleNamespace(column=named.get)
+        dataset = SimpleNamespace(data_args=SimpleNamespace(umed_run=run), list_data_dict=records)
         chosen = llava_train.LLaVATrainer(model=model, args=args, train_dataset=dataset)
         assert vars(model.config) == ({"umed_label_share": 1} if args.umed_stage == "instruction_tuning" else {})
         return type(chosen), model.weight.dtype, len(chosen.callbacks)

@@ -194,18 +194,45 @@ def test_studies_that_name_no_patient_are_counted(records: Path, tokenizer: Any,
 )
 @pytest.mark.parametrize("where", ["checkpoint", "projector", "resumed"])
 def test_a_checkpoint_names_the_largest_share_that_its_stage_1_has_had(
-    where: str, before: Any, share: Any, named: float, tmp_path: Path
+    where: str, before: Any, share: Any, named: float, records: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
     """Of the checkpoint, of the projector that it takes, and of the run that it goes on from."""
+    trained_on = make_dataset(records, tokenizer).list_data_dict
     known = {} if before is None else {"umed_label_share": before}
     config = SimpleNamespace(**(known if where == "checkpoint" else {}))
     for name, folder in (("projector", "projector"), ("resumed", "out/checkpoint-5")):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "config.json").write_text(json.dumps(known if where == name else {}))
-    args = SimpleNamespace(umed=SimpleNamespace(umed_label_share=share), output_dir=str(tmp_path / "out"))
-    adapter = str(tmp_path / "projector" / "mm_projector.bin")
-    name_share(config, args, SimpleNamespace(pretrain_mm_mlp_adapter=adapter))
-    assert config.umed_label_share == named
+    assert share_named(config, tmp_path, trained_on, share) == named
+
+
+def share_named(config: Any, folder: Path, records: Any, share: Any, stage: str = "instruction_tuning") -> Any:
+    """What a stage writes that starts from ``config`` and a projector, and goes on from the checkpoints in ``out``."""
+    args = SimpleNamespace(
+        umed=SimpleNamespace(umed_label_share=share), umed_stage=stage, output_dir=str(folder / "out")
+    )
+    projector = str(folder / "projector" / "mm_projector.bin")
+    name_share(config, args, SimpleNamespace(pretrain_mm_mlp_adapter=projector), records)
+    return getattr(config, "umed_label_share", None)
+
+
+def test_of_several_shares_the_largest_is_named_and_damaged_files_are_told(
+    records: Path, tokenizer: Any, tmp_path: Path, capsys: Any
+) -> None:
+    labelled = make_dataset(records, tokenizer).list_data_dict
+    plain = make_dataset(write_records(tmp_path / "plain"), tokenizer).list_data_dict
+    for folder, share in (("projector", 0.5), ("out/checkpoint-5", 0.7), ("out/checkpoint-10", 0.4)):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text(json.dumps({"umed_label_share": share}))
+    assert share_named(SimpleNamespace(umed_label_share=0.3), tmp_path, labelled, 0.2) == 0.7
+    (tmp_path / "out/checkpoint-5/config.json").write_text("")  # as a power cut leaves it
+    assert share_named(SimpleNamespace(umed_label_share=0.3), tmp_path, labelled, 0.2) == 0.5
+    assert "checkpoint-5/config.json" in capsys.readouterr().err
+    # What trains on no labels passes on what is known, and claims nothing.
+    assert share_named(SimpleNamespace(), tmp_path, labelled, 0.2, "rewarding") == 0.5
+    assert share_named(SimpleNamespace(), tmp_path, plain, None) == 0.5
+    assert share_named(SimpleNamespace(), tmp_path / "elsewhere", plain, None) is None
+    assert share_named(SimpleNamespace(), tmp_path / "elsewhere", labelled, None, "rewarding") is None
 
 
 THIRD = 1 / 3
@@ -221,11 +248,15 @@ THIRD = 1 / 3
         (
             0.5,
             None,
-            "no --umed_label_share is given, but stage 1 has trained on a share of 0.5. If the labelled studies are",
+            "no --umed_label_share is given, but a stage 1 behind the checkpoint has trained on a share of 0.5. If the",
         ),
         (THIRD, None, f"then give stage 2 --umed_label_share {THIRD!r}."),
         (0.5, 0.7, "those between the two shares are in neither stage: then give stage 2 --umed_label_share 0.5."),
-        (1.0, 0.5, "stage 1 has trained on all labelled studies. If they are the same, it knows those of stage 2."),
+        (
+            1.0,
+            0.5,
+            "has trained on all labelled studies. If they are the same, it knows those of stage 2: then give stage 1",
+        ),
         (None, 0.5, "the checkpoint does not say on which share stage 1 has trained"),
     ],
 )
@@ -260,8 +291,8 @@ def test_the_share_goes_from_stage_1_to_stage_2(kind: str, records: Path, tiny_m
         f"{with_projector}"
     )
     second = run(next_start, tmp_path / "second-lora", rewarding)
-    assert "warning: no --umed_label_share is given, but stage 1 has trained on a share of 0.5." in second.stderr
+    told = "no --umed_label_share is given, but a stage 1 behind the checkpoint has trained on a share of 0.5."
+    assert f"warning: {told}" in second.stderr
     again = run(next_start, tmp_path / "third-lora", f"{rewarding} --umed_label_share 0.5")
     assert "--umed_label_share is" not in again.stdout + again.stderr
-    if kind != "projector":
-        assert share_of(json.loads((tmp_path / "third-lora" / "config.json").read_text())) == 0.5
+    assert share_of(json.loads((tmp_path / "third-lora" / "config.json").read_text())) == 0.5

@@ -6,11 +6,12 @@ keep it. A checkpoint of an earlier version, or from elsewhere, has none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from umed_plugin import files
+from umed_plugin.errors import UmedError, warn
 
 LABEL_SHARE = "umed_label_share"
 
@@ -29,14 +30,17 @@ def largest_share(config: Mapping[str, Any], projector: str | None = None, *more
     Args:
         config: the checkpoint's.
         projector: file of ``--pretrain_mm_mlp_adapter``; the configuration beside it is that of its training.
-        more: further files ``config.json``, such as that of a checkpoint that a run goes on from.
-
-    Raises:
-        UmedError: a file is damaged.
+        more: further files ``config.json``, such as that of a checkpoint that a run goes on from. One that is damaged is
+            told, and names none: nothing else is read of it.
     """
     beside = [] if projector is None else [Path(projector).parent / "config.json"]
-    return _largest([share_of(config), *(share_of(files.read_object(f)) for f in (*beside, *more) if f.is_file())])
-
-
-def _largest(shares: Iterable[float | None]) -> float | None:
+    shares = [share_of(config), *(_in_file(file) for file in (*beside, *more) if file.is_file())]
     return max((share for share in shares if share is not None), default=None)
+
+
+def _in_file(file: Path) -> float | None:
+    try:
+        return share_of(files.read_object(file))
+    except UmedError as error:
+        warn(f"{error} So it is not known on which share of the labelled studies that training was.")
+        return None

@@ -91,16 +91,16 @@ def find_other_share(had: float | None, share: float | None) -> list[str]:
         return []
     elif had == 1:
         return [
-            f"--umed_label_share is {share}, but stage 1 has trained on all labelled studies. If they are the same, it knows "
-            "those of stage 2. Give stage 1 the flag too."
+            f"--umed_label_share is {share}, but a stage 1 behind the checkpoint has trained on all labelled studies. If they "
+            "are the same, it knows those of stage 2: then give stage 1 the flag too, and a start that has not seen them."
         ]
     else:
         given, meaning = f"--umed_label_share is {share}", "stage 2 trains on studies that stage 1 knows"
         if share > had:
             meaning = "those between the two shares are in neither stage"
     return [
-        f"{given}, but stage 1 has trained on a share of {had}. If the labelled studies are the same, {meaning}: then give "
-        f"stage 2 --umed_label_share {had}."
+        f"{given}, but a stage 1 behind the checkpoint has trained on a share of {had}. If the labelled studies are the same, "
+        f"{meaning}: then give stage 2 --umed_label_share {had}."
     ]
 
 

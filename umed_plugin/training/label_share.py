@@ -58,17 +58,23 @@ def own_share(
     return records.where(~shared), " ".join([told, *_left_out(records, shared & ~theirs), *_unsure(records, ~shared)])
 
 
-def name_share(config: Any, training_args: Any, model_args: Any) -> None:
+def name_share(config: Any, training_args: Any, model_args: Any, records: JoinedRecords) -> None:
     """Write into a model's configuration which share of the labelled studies stage 1 has trained on, for the stage after it.
 
+    Stage 2, and a stage 1 without labelled studies, pass on what is known.
+
     Args:
-        config: of the checkpoint that stage 1 starts from; changed in place.
+        config: of the checkpoint that the stage starts from; changed in place.
         training_args, model_args: LLaVA's. A run that goes on takes in the share that its checkpoints name.
+        records: that the stage trains on.
     """
-    own = training_args.umed.umed_label_share
+    own = None
+    if training_args.umed_stage == TUNING and _labelled(records).any():
+        own = training_args.umed.umed_label_share or 1.0
     saved = Path(training_args.output_dir).glob("checkpoint-*/config.json")
     before = largest_share(vars(config), model_args.pretrain_mm_mlp_adapter, *saved)
-    setattr(config, LABEL_SHARE, max(before or 0.0, 1.0 if own is None else own))
+    if own is not None or before is not None:
+        setattr(config, LABEL_SHARE, max(before or 0.0, own or 0.0))
 
 
 def _labelled(records: JoinedRecords) -> np.ndarray:
