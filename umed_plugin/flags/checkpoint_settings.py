@@ -78,26 +78,25 @@ def find_other_share(had: float | None, share: float | None) -> list[str]:
         had: share of the labelled studies that stage 1 has trained on, 1 for all; None: the checkpoint does not say.
         share: ``--umed_label_share`` of stage 2; None: it trains on all.
     """
-    if share is None:
-        if had is None or had == 1:
-            return []
-        given, meaning = "no --umed_label_share is given", "stage 2 trains on studies that stage 1 knows"
-    elif had is None:
-        return [
-            f"--umed_label_share is {share}, and the checkpoint does not say on which share stage 1 has trained: it is of an "
-            "earlier version, or from elsewhere. If stage 1 had all, it knows the labelled studies of stage 2."
-        ]
-    elif had == share:
+    if share == had or (share is None and had in (None, 1)):
         return []
-    elif had == 1:
+    given = "no --umed_label_share is given" if share is None else f"--umed_label_share is {share}"
+    if had is None:
         return [
-            f"--umed_label_share is {share}, but a stage 1 behind the checkpoint has trained on all labelled studies. If they "
-            "are the same, it knows those of stage 2: then give stage 1 the flag too, and a start that has not seen them."
+            f"{given}, and the checkpoint does not say on which share stage 1 has trained: it is of an earlier version, or from "
+            "elsewhere. If stage 1 had all, it knows the labelled studies of stage 2."
         ]
-    else:
-        given, meaning = f"--umed_label_share is {share}", "stage 2 trains on studies that stage 1 knows"
-        if share > had:
-            meaning = "those between the two shares are in neither stage"
+    if had == 1:
+        return [
+            f"{given}, but a stage 1 behind the checkpoint has trained on all labelled studies. If they are the same, it knows "
+            "those of stage 2: then give stage 1 the flag too, and a start that has not seen them."
+        ]
+    between = share is not None and share > had
+    meaning = (
+        "those between the two shares are in neither stage"
+        if between
+        else "stage 2 trains on studies that stage 1 knows"
+    )
     return [
         f"{given}, but a stage 1 behind the checkpoint has trained on a share of {had}. If the labelled studies are the same, "
         f"{meaning}: then give stage 2 --umed_label_share {had}."

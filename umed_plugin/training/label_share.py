@@ -68,13 +68,12 @@ def name_share(config: Any, training_args: Any, model_args: Any, records: Joined
         training_args, model_args: LLaVA's. A run that goes on takes in the share that its checkpoints name.
         records: that the stage trains on.
     """
-    own = None
-    if training_args.umed_stage == TUNING and _labelled(records).any():
-        own = training_args.umed.umed_label_share or 1.0
     saved = Path(training_args.output_dir).glob("checkpoint-*/config.json")
-    before = largest_share(vars(config), model_args.pretrain_mm_mlp_adapter, *saved)
-    if own is not None or before is not None:
-        setattr(config, LABEL_SHARE, max(before or 0.0, own or 0.0))
+    share = largest_share(vars(config), model_args.pretrain_mm_mlp_adapter, *saved)
+    if training_args.umed_stage == TUNING and _labelled(records).any():
+        share = max(share or 0.0, training_args.umed.umed_label_share or 1.0)
+    if share is not None:
+        setattr(config, LABEL_SHARE, share)
 
 
 def _labelled(records: JoinedRecords) -> np.ndarray:
