@@ -29,7 +29,7 @@ from umed_plugin.commands.memory_advice import (
 )
 from umed_plugin.commands.memory_extras import Extras, ImageEncoder, Tower
 from umed_plugin.commands.upgrade.run import Upgrade
-from umed_plugin.commands.upgrade.settings import read_settings
+from umed_plugin.commands.upgrade.settings_file import read_settings
 from umed_plugin.commands.upgrade.training import work_of
 from umed_plugin.errors import UmedError
 

@@ -18,7 +18,7 @@ from support.umed_runs import environment, run_command
 from umed_plugin.commands.machine import Machine
 from umed_plugin.commands.upgrade.plan import Step
 from umed_plugin.commands.upgrade.run import Upgrade
-from umed_plugin.commands.upgrade.settings import read_settings
+from umed_plugin.commands.upgrade.settings_file import read_settings
 
 GB = 2**30
 MACHINES = {

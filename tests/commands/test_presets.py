@@ -14,7 +14,8 @@ from support.umed_runs import train, weights
 from umed_plugin import cli
 from umed_plugin.checkpoints.loading import read_tensors, weight_files
 from umed_plugin.commands.upgrade.presets import preset_file, presets
-from umed_plugin.commands.upgrade.settings import Settings, read_settings
+from umed_plugin.commands.upgrade.settings import Settings
+from umed_plugin.commands.upgrade.settings_file import read_settings
 from umed_plugin.errors import UsageError
 
 

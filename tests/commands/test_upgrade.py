@@ -23,7 +23,8 @@ from umed_plugin.commands.upgrade.checkpoint_swap import CheckpointSwap
 from umed_plugin.commands.upgrade.plan import Step
 from umed_plugin.commands.upgrade.provenance import Provenance
 from umed_plugin.commands.upgrade.run import MARK, Upgrade, end_left_running
-from umed_plugin.commands.upgrade.settings import Settings, as_yaml, read_settings, write_settings
+from umed_plugin.commands.upgrade.settings import Settings, as_yaml, write_settings
+from umed_plugin.commands.upgrade.settings_file import read_settings
 from umed_plugin.commands.upgrade.training import what_is_trained
 from umed_plugin.errors import UmedError, UsageError
 from umed_plugin.files import write_json

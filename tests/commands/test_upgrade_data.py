@@ -11,7 +11,8 @@ from rich.console import Console
 
 from umed_plugin.commands.demo.studies import make_studies
 from umed_plugin.commands.upgrade.run import Upgrade
-from umed_plugin.commands.upgrade.settings import RUN_FILE, read_settings, write_settings
+from umed_plugin.commands.upgrade.settings import RUN_FILE, write_settings
+from umed_plugin.commands.upgrade.settings_file import read_settings
 from umed_plugin.errors import UmedError
 
 pytestmark = [pytest.mark.one_stack, pytest.mark.llava]

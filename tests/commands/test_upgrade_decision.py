@@ -17,7 +17,8 @@ from umed_plugin.commands.upgrade.checks import check_stages
 from umed_plugin.commands.upgrade.decision import decide
 from umed_plugin.commands.upgrade.gain import more_studies
 from umed_plugin.commands.upgrade.run import Upgrade
-from umed_plugin.commands.upgrade.settings import read_settings, write_settings
+from umed_plugin.commands.upgrade.settings import write_settings
+from umed_plugin.commands.upgrade.settings_file import read_settings
 from umed_plugin.commands.upgrade.summary import decision_of
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.recipe import RECIPE

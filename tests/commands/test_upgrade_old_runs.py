@@ -25,7 +25,8 @@ from umed_plugin import cli
 from umed_plugin.commands.report.page import write_report
 from umed_plugin.commands.upgrade.provenance import MANIFEST
 from umed_plugin.commands.upgrade.run import Upgrade
-from umed_plugin.commands.upgrade.settings import RUN_FILE, Settings, read_settings
+from umed_plugin.commands.upgrade.settings import RUN_FILE, Settings
+from umed_plugin.commands.upgrade.settings_file import read_settings
 from umed_plugin.commands.upgrade.summary import summarise
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.recipe_scoring import HEADLINE

@@ -20,7 +20,8 @@ from umed_plugin.commands.upgrade.named_files import named_files
 from umed_plugin.commands.upgrade.plan import Step
 from umed_plugin.commands.upgrade.provenance import files_of
 from umed_plugin.commands.upgrade.run import Upgrade
-from umed_plugin.commands.upgrade.settings import Settings, read_settings
+from umed_plugin.commands.upgrade.settings import Settings
+from umed_plugin.commands.upgrade.settings_file import read_settings
 from umed_plugin.errors import UmedError
 
 pytestmark = [pytest.mark.one_stack, pytest.mark.llava]

@@ -101,7 +101,7 @@ def test_an_adapter_lies_where_the_server_can_read_it(tiny_mistral, records, tmp
         assert "--server-adapters names another" in said and "--umed_rollout" not in said
 
 
-def test_the_adapter_is_removed_at_the_end_and_the_folder_is_not(monkeypatch, tmp_path):
+def test_the_adapter_is_removed_at_the_end_and_the_folder_is_not(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("umed_plugin.model.server_answering.write_adapter", lambda model, folder, flag: folder)
     ends, forgotten = [], []
     monkeypatch.setattr("atexit.register", lambda *call: ends.append(call))
@@ -116,7 +116,9 @@ def test_the_adapter_is_removed_at_the_end_and_the_folder_is_not(monkeypatch, tm
         writer = ServerWriter(server, SimpleNamespace(peft_config={}), adapters)
         forget, folder = ends.pop()
         (tmp_path / writer._name).mkdir(exist_ok=True)
+        writer._compared = 255 if adapters else 256
         forget(folder)
+        assert ("cannot show whether it applies the adapter" in capsys.readouterr().out) == (adapters is not None)
         assert not folder.exists() and forgotten[-1] == writer._name
     assert tmp_path.is_dir() and [entry.name for entry in tmp_path.iterdir()] == forgotten[:1]
 

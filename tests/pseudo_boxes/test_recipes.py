@@ -14,7 +14,7 @@ from support.pages import DOCS, blocks, commands
 from support.source_files import write_kvasir, write_nih, write_sources
 
 from umed_plugin.cli import main
-from umed_plugin.commands.upgrade.settings import read_settings
+from umed_plugin.commands.upgrade.settings_file import read_settings
 from umed_plugin.data.annotations import read_annotations
 from umed_plugin.data.recipes.recipe import load_recipe, shipped_recipes
 from umed_plugin.data.records import load_records

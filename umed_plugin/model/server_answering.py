@@ -106,6 +106,11 @@ class ServerWriter:
         return mean_difference(scores.log_probs, answers.log_probs, answers.candidates.mask)
 
     def _forget(self, folder: Path) -> None:
+        if 0 < self._compared < LEAST_TOKENS:
+            note(
+                f"{self._server.url}: its answers had {self._compared} tokens. Fewer than {LEAST_TOKENS} cannot show whether it "
+                "applies the adapter."
+            )
         with suppress(RolloutServerError):
             self._server.unload_adapter(self._name)
         shutil.rmtree(folder, ignore_errors=True)

@@ -129,29 +129,32 @@ def _left_out(records: JoinedRecords, left: np.ndarray) -> list[str]:
         (reports, "report", "reports"),
         (~(labelled | probes | reports), "item without true boxes", "items without true boxes"),
     )
-    named = [_counted(left & part, one, several) for part, one, several in kinds if (left & part).any()]
+    named = [_chosen(left & part, one, several) for part, one, several in kinds if (left & part).any()]
     return [f"Left out, since they are about patients or images of stage 2: {', '.join(named)}."] if named else []
 
 
 def _unsure(records: JoinedRecords, kept: np.ndarray) -> list[str]:
     """Sentences on what stage 1 keeps without knowing whose it is; none where there is nothing."""
     nameless, has_image = kept & ~_labelled(records) & ~records.column("has_patient"), records.column("has_image")
-    by_image = _counted(nameless & has_image, "item that names no patient", "items that name no patient")
-    by_nothing = _counted(
+    by_image = _chosen(nameless & has_image, "item that names no patient", "items that name no patient")
+    by_nothing = _chosen(
         nameless & ~has_image, "item that names neither patient nor image", "items that name neither patient nor image"
     )
     told = [f"Kept, since the image is not stage 2's: {by_image}."] if (nameless & has_image).any() else []
     return told + ([f"Kept: {by_nothing}."] if (nameless & ~has_image).any() else [])
 
 
-def _counted(chosen: np.ndarray, one: str, several: str) -> str:
-    count = int(chosen.sum())
-    return f"{count} {one if count == 1 else several}"
+def _chosen(part: np.ndarray, one: str, several: str) -> str:
+    return _counted(int(part.sum()), one, several)
 
 
 def _studies(count: int) -> str:
-    return f"{count} labelled {'study' if count == 1 else 'studies'}"
+    return _counted(count, "labelled study", "labelled studies")
 
 
 def _patients(count: int) -> str:
-    return f"{count} patient{'' if count == 1 else 's'}"
+    return _counted(count, "patient", "patients")
+
+
+def _counted(count: int, one: str, several: str) -> str:
+    return f"{count} {one if count == 1 else several}"

@@ -87,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
     """Upgrade, or print the commands."""
     from umed_plugin.commands.upgrade.presets import presets
     from umed_plugin.commands.upgrade.run import Upgrade
-    from umed_plugin.commands.upgrade.settings import RUN_FILE, read_settings
+    from umed_plugin.commands.upgrade.settings import RUN_FILE
+    from umed_plugin.commands.upgrade.settings_file import read_settings
     from umed_plugin.commands.upgrade.training import what_is_trained
 
     if args.presets:
@@ -152,7 +153,7 @@ def _run_folder(args: argparse.Namespace, run_file: str) -> tuple[Path, Path | N
 
 def _changes(args: argparse.Namespace) -> dict[str, Any]:
     """Dotted key -> value of every setting on the command line."""
-    from umed_plugin.commands.upgrade.settings import recipe_path
+    from umed_plugin.commands.upgrade.settings_file import recipe_path
     from umed_plugin.data.texts import parse_yaml
 
     here = Path.cwd()
