@@ -15,6 +15,7 @@ import pytest
 
 from umed_plugin import files
 from umed_plugin.errors import UmedError
+from umed_plugin.files import locks
 
 
 def test_the_old_file_stays_when_the_block_fails(tmp_path: Path) -> None:
@@ -56,6 +57,7 @@ def test_content_is_flushed_before_the_rename_and_the_folder_after_it(tmp_path: 
 WRITER = """
 import sys
 from umed_plugin import files
+from umed_plugin.files import locks
 for number in range(10_000):
     files.write_text(sys.argv[1], str(number % 10) * 200_000)
 """
@@ -136,6 +138,7 @@ def test_a_folder_may_hold_a_link_that_leads_nowhere(tmp_path: Path) -> None:
 HOLDER = """
 import sys, time
 from umed_plugin import files
+from umed_plugin.files import locks
 with files.replacing_folder(sys.argv[1]) as folder:
     (folder / "a").write_text("first")
     print("ready", flush=True)
@@ -158,7 +161,7 @@ def test_a_folder_has_one_writer_and_a_killed_ones_lock_ends_with_it(tmp_path: P
     first = holder(target)
     with pytest.raises(UmedError, match="another process is writing it"), files.replacing_folder(target):
         pass
-    with pytest.raises(UmedError, match="another process is writing it"), files.locked(target):
+    with pytest.raises(UmedError, match="another process is writing it"), locks.locked(target):
         pass
     first.kill()
     first.wait()

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from support.taught import write_lora
 from support.umed_runs import TESTS, environment
 
+from umed_plugin.checkpoints.adapter_folder import find_base
 from umed_plugin.checkpoints.exporting import export
-from umed_plugin.checkpoints.folder import TOWER, find_base, read_tensors, weight_files
+from umed_plugin.checkpoints.folder import TOWER, read_tensors, weight_files
 from umed_plugin.checkpoints.language_model import to_language_model
 from umed_plugin.checkpoints.loading import load_checkpoint
 from umed_plugin.checkpoints.merging import merge

@@ -128,7 +128,8 @@ def test_a_file_where_a_report_is_to_be_is_said_before_the_data_is_read(tmp_path
 
 def test_commands_that_are_printed_can_be_pasted(tmp_path):
     """A folder may have spaces."""
-    from umed_plugin.checkpoints.folder import find_base, read_config
+    from umed_plugin.checkpoints.adapter_folder import find_base
+    from umed_plugin.checkpoints.folder import read_config
     from umed_plugin.commands.doctor.catalogue import finding
     from umed_plugin.data.records import load_records
 

@@ -14,6 +14,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from umed_plugin.checkpoints.adapter_folder import (
+    adapter_settings,
+    adapter_tensors,
+    find_base,
+    refuse_transformers_adapter,
+)
 from umed_plugin.checkpoints.folder import (
     ADAPTER,
     EMBEDDING,
@@ -22,16 +28,12 @@ from umed_plugin.checkpoints.folder import (
     READ_WHEN_ANSWERING,
     TOWER,
     UNFREEZE,
-    adapter_settings,
-    adapter_tensors,
-    find_base,
     is_buffer,
     is_hub_tower,
     is_lora,
     left_out_own_tower,
     read_config,
     read_tensors,
-    refuse_transformers_adapter,
     weight_files,
 )
 from umed_plugin.checkpoints.missing_tensors import names_in, refuse_missing, refuse_missing_of_tower

@@ -14,6 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin import files
+from umed_plugin.checkpoints.adapter_folder import (
+    adapter_settings,
+    adapter_tensors,
+    find_base,
+    refuse_transformers_adapter,
+)
 from umed_plugin.checkpoints.added_tokens import flags_that_add, why_lost
 from umed_plugin.checkpoints.folder import (
     ADAPTER,
@@ -22,15 +28,11 @@ from umed_plugin.checkpoints.folder import (
     PROJECTOR,
     READ_WHEN_ANSWERING,
     TOWER,
-    adapter_settings,
-    adapter_tensors,
-    find_base,
     is_lora,
     left_out_own_tower,
     read_config,
     read_language_config,
     read_tensors,
-    refuse_transformers_adapter,
     weight_files,
 )
 from umed_plugin.checkpoints.kept_share import KeptShare

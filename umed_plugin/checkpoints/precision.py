@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.checkpoints.folder import find_base, is_lora, read_config, weight_files
+from umed_plugin.checkpoints.adapter_folder import find_base
+from umed_plugin.checkpoints.folder import is_lora, read_config, weight_files
 from umed_plugin.checkpoints.weight_shards import stored
 from umed_plugin.errors import UsageError, note
 

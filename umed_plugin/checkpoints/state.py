@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from umed_plugin.checkpoints.folder import ADAPTER, TOKENIZER_FILES, find_base, is_lora, read_object
+from umed_plugin.checkpoints.adapter_folder import find_base
+from umed_plugin.checkpoints.folder import ADAPTER, TOKENIZER_FILES, is_lora, read_object
 
 _WEIGHTS = (".safetensors", ".bin")
 # Their content counts. They are small: also a tokenizer's are read in a few milliseconds.

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin import files
-from umed_plugin.checkpoints.folder import ADAPTER, named_base, weight_files
+from umed_plugin.checkpoints.adapter_folder import named_base
+from umed_plugin.checkpoints.folder import ADAPTER, weight_files
 from umed_plugin.errors import UmedError, warn
 from umed_plugin.files import text_bytes
 

@@ -20,7 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.checkpoints.folder import find_base, is_lora, read_config
+from umed_plugin.checkpoints.adapter_folder import find_base
+from umed_plugin.checkpoints.folder import is_lora, read_config
 from umed_plugin.data.shards import Shard
 from umed_plugin.errors import UsageError, unknown_name
 from umed_plugin.evaluation.asking import AnswersQuestions, Progress

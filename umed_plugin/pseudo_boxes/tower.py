@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from umed_plugin.checkpoints.adapter_folder import find_base
 from umed_plugin.checkpoints.folder import (
     FAMILIES,
-    find_base,
     is_buffer,
     is_lora,
     left_out_own_tower,

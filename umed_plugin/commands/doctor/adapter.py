@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from umed_plugin.checkpoints.folder import ADAPTER, missing_halves
+from umed_plugin.checkpoints.adapter_folder import missing_halves
+from umed_plugin.checkpoints.folder import ADAPTER
 from umed_plugin.checkpoints.plain_lora import settings_fault, tensors_fault
 from umed_plugin.checkpoints.trained_on import MARKER, other_base
 from umed_plugin.commands.doctor.catalogue import finding

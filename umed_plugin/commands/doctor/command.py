@@ -98,7 +98,8 @@ def _check_recipe(recipe: str) -> None:
 
 def _memory(args: argparse.Namespace) -> list[str]:
     """The memory of the default plan, in lines."""
-    from umed_plugin.checkpoints.folder import find_base, is_lora, read_config
+    from umed_plugin.checkpoints.adapter_folder import find_base
+    from umed_plugin.checkpoints.folder import is_lora, read_config
     from umed_plugin.commands.machine import this_machine
     from umed_plugin.commands.memory import on_this_stack
     from umed_plugin.commands.memory_advice import DEFAULT_PLAN, memory_lines

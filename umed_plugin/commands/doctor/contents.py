@@ -12,8 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from umed_plugin.checkpoints.adapter_folder import named_base
 from umed_plugin.checkpoints.archives import PROGRAM
-from umed_plugin.checkpoints.folder import ADAPTER, NON_LORA, is_plain_name, named_base
+from umed_plugin.checkpoints.folder import ADAPTER, NON_LORA, is_plain_name
 from umed_plugin.checkpoints.pickles import read_pickle
 from umed_plugin.checkpoints.stored import BadFile, StoredTensor, read_safetensors
 from umed_plugin.commands.doctor.catalogue import finding

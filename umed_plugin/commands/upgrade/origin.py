@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.checkpoints.folder import READ_WHEN_ANSWERING, find_base, is_lora, read_config
+from umed_plugin.checkpoints.adapter_folder import find_base
+from umed_plugin.checkpoints.folder import READ_WHEN_ANSWERING, is_lora, read_config
 from umed_plugin.checkpoints.writing import stock_name_fault
 from umed_plugin.errors import UmedError
 
