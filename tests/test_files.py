@@ -57,7 +57,6 @@ def test_content_is_flushed_before_the_rename_and_the_folder_after_it(tmp_path: 
 WRITER = """
 import sys
 from umed_plugin import files
-from umed_plugin.files import locks
 for number in range(10_000):
     files.write_text(sys.argv[1], str(number % 10) * 200_000)
 """
@@ -138,7 +137,6 @@ def test_a_folder_may_hold_a_link_that_leads_nowhere(tmp_path: Path) -> None:
 HOLDER = """
 import sys, time
 from umed_plugin import files
-from umed_plugin.files import locks
 with files.replacing_folder(sys.argv[1]) as folder:
     (folder / "a").write_text("first")
     print("ready", flush=True)

@@ -306,5 +306,5 @@ def test_options_that_change_nothing_are_said(
     said = said_by_check(recipe_of(tmp_path, name, BOX, (WIDTH, HEIGHT), slice=index, **options))
     assert ("has no effect" in said) == (unused is not None)
     if unused:
-        assert re.search(rf"image\.{unused}(:| of drawn) has no effect", said)
-        assert len(re.findall(rf"image\.{unused}(?:: has| of)", said.split("Plausibility")[0])) == 1, "told once"
+        lines = said.split("Plausibility")[0]
+        assert len(re.findall(rf"image\.{unused}(?::| of drawn) has no effect", lines)) == 1, "told once"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from support.source_files import write_sources
 
 from umed_plugin import cli
 from umed_plugin.data.annotations import read_annotations
 from umed_plugin.data.annotations.mixing import dealt
 from umed_plugin.data.build import build_records
+from umed_plugin.data.checking.check import check_recipe
+from umed_plugin.data.checking.report import print_check
 from umed_plugin.data.recipes.recipe import Mixture, load_recipe, shipped_recipes
 from umed_plugin.errors import UmedError
 
@@ -231,3 +235,15 @@ def test_per_positive_is_of_the_images_that_are_not_held_out(tmp_path: Path) -> 
     (tmp_path / "one.yaml").write_text(text)
     plain = read_annotations(load_recipe(tmp_path / "one.yaml"), tmp_path)
     assert {i.image for i in found.items if i.split == "test"} == {i.image for i in plain.items if i.split == "test"}
+
+
+def test_an_option_of_a_source_in_a_file_of_its_own_is_told_once(sources: Path, tmp_path: Path) -> None:
+    text = shipped_recipes()["kvasir_seg"].read_text()
+    assert "\nimage:" not in text
+    (tmp_path / "polyps.yaml").write_text(f"{text}image: {{slice_axis: 1}}\n")
+    mixture = mau_of(20, tmp_path, ("  kvasir_seg:", "  polyps.yaml:"))
+    console = Console(width=500, record=True, file=io.StringIO())
+    print_check(check_recipe(mixture, data_root=sources), console)
+    lines = console.export_text().split("Plausibility")[0].splitlines()
+    (told,) = [line for line in lines if "image.slice_axis" in line]
+    assert told.startswith("polyps.yaml: image.slice_axis: has no effect")

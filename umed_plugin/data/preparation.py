@@ -74,7 +74,7 @@ def prepare(
                 used.add(item.recipe, item.image, is_grey_levels=prepared.is_grey_levels, exif=prepared.exif)
                 yield prepared
     if whole and not bad_images:
-        annotations.unused_options += used.unused(annotations.faults.without_effect)
+        annotations.unused_options += used.unused(annotations.told_options)
     for found in unsized.values():
         check_by_size(found, annotations.faults)
 

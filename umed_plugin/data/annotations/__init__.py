@@ -89,7 +89,8 @@ def _read(recipe: Recipe, root: Path) -> AnnotationSet:
     note_unread(items, annotated, recipe)
     check_labels(items, recipe, faults)
     tell_unused_rules(recipe, met, sum(item.is_negative for item in items), faults)
-    tell_unused_image_options((item.image for item in items), recipe.image, faults)
+    unused = tell_unused_image_options((item.image for item in items), recipe.image, faults)
+    annotations.told_options = {(recipe.name, option) for option in unused}
     check_inside(items, recipe, root, faults)
     drop_repeated_boxes(items, faults)
     _deal_out(items, recipe, annotations)

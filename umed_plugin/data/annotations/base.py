@@ -102,7 +102,8 @@ class AnnotationSet:
         dropped_boxes: number of degenerate boxes left out, known after the images are read.
         read: number of images whose pixels were read so far.
         image_remarks: what a user should know of images that are used: its words -> their names, known after they are read.
-        unused_options: options of the recipe that change nothing for its images, known then too.
+        told_options: (recipe's name, option of ``image``) that the remarks name already: the files' endings rule it out.
+        unused_options: other options of the recipe that change nothing for its images, known after they are read.
         faults: mistakes in the data, with remarks and the boxes and rows that are not used. Nothing may be built while there
             are mistakes.
     """
@@ -116,6 +117,7 @@ class AnnotationSet:
     dropped_boxes: int = 0
     read: int = 0
     image_remarks: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    told_options: set[tuple[str, str]] = field(default_factory=set)
     unused_options: list[str] = field(default_factory=list)
     faults: Faults = field(default_factory=Faults)
 

@@ -70,13 +70,15 @@ def tell_unused_rules(recipe: Recipe, met: Counter[str], without_lesion: int, fa
         faults.no_effect(" and ".join(given_rules), "has no effect, since every image has a lesion")
 
 
-def tell_unused_image_options(images: Iterable[Path], options: ImageOptions, faults: Faults) -> None:
-    """Remark on options of ``image`` that concern kinds of files of which the data has none, by their endings."""
-    kinds = {_kind(image) for image in images}
+def tell_unused_image_options(images: Iterable[Path], options: ImageOptions, faults: Faults) -> set[str]:
+    """Remark on options of ``image`` that concern kinds of files of which the data has none, by their endings; returns them."""
+    kinds, told = {_kind(image) for image in images}, set()
     for key, (concerned, words) in _CONCERN.items():
         default = type(options).model_fields[key].default
         if kinds and getattr(options, key) != default and not kinds & concerned:
             faults.no_effect(f"image.{key}", f"has no effect, since it concerns {words}, and the data has none")
+            told.add(key)
+    return told
 
 
 def _kind(image: Path) -> str:

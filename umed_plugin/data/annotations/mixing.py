@@ -33,6 +33,7 @@ def mixed(mixture: Mixture, root: Path, read: Callable[[Recipe, Path], Annotatio
         annotations.faults.messages += source.faults.messages
         annotations.faults.remarks += [f"{name}: {remark}" for remark in source.faults.remarks]
         annotations.faults.without_effect += [f"{name}: {remark}" for remark in source.faults.without_effect]
+        annotations.told_options |= source.told_options
         for (what, why), count in source.faults.left_out.items():
             annotations.faults.left_out[what, f"{name}: {why}"] += count
         annotations.missing += source.missing

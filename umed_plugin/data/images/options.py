@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Set
 from pathlib import Path
 
 from umed_plugin.data.endings import NIFTI_ENDINGS, RASTER_ENDINGS
@@ -53,18 +53,17 @@ class UsedOptions:
         if "slices" not in used and recipe.image.slices != "annotated":
             used |= {"slices", "tiles"} if slice_count(image, recipe.image.slice_axis) > 1 else set()
 
-    def unused(self, told: Collection[str] = ()) -> list[str]:
+    def unused(self, told: Set[tuple[str, str]]) -> list[str]:
         """A line for every option that is given, differs from its default, and acts on none of the images.
 
         Args:
-            told: lines ``image.OPTION: ...``, in a mixture ``NAME: image.OPTION: ...``. Their options are not told once more.
+            told: (recipe's name, option) for which there is a line already.
         """
         lines = []
         for name, recipe in self._recipes.items():
             options, fields = recipe.image, type(recipe.image).model_fields
             for option in _ACTS_ON:
-                known = (f"image.{option}: ", f"{name}: image.{option}: ")
-                if getattr(options, option) == fields[option].default or any(line.startswith(known) for line in told):
+                if getattr(options, option) == fields[option].default or (name, option) in told:
                     continue
                 if option == "tiles" and options.slices != "montage":
                     lines.append(f"image.tiles of {name} has no effect, since image.slices is not montage")
